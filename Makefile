@@ -1,0 +1,39 @@
+# Each target makes the virtual environment first if need be; after that nothing needs a network.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# Two test processes with one thread each: torch's own threads would only fight over the cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: venv demo test test-slow reproduce bench lint
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=80"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: venv
+	$(BIN)/diffkit demo --output demo
+
+test: venv
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2
+
+test-slow: venv
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow
+
+reproduce: venv
+	$(BIN)/python scripts/build_assets/gates.py
+	for script in $$(ls scripts/reproduce/*.py 2>/dev/null); do $(BIN)/python $$script || exit 1; done
+
+bench: venv
+	mkdir -p outputs/bench
+	$(BIN)/python scripts/bench/training.py --output outputs/bench
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,1 @@
+"""Image folders, captions, prompts, buckets, sampling order and caches."""

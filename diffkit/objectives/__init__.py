@@ -1,0 +1,1 @@
+"""What training minimises: one file a method, pure losses first, then the objective."""

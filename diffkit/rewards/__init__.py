@@ -1,0 +1,1 @@
+"""Networks that score an image, alone or against a text."""

@@ -1,0 +1,1 @@
+"""The harness: configuration, trainer, checkpoints, EMA, trackers."""

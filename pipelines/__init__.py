@@ -1,0 +1,1 @@
+"""Diffusers pipelines of this project, importable as `diffkit.pipelines`."""
