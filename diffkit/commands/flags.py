@@ -1,0 +1,88 @@
+"""Flags from config dataclasses (through tyro), and short messages for what is wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from diffkit.errors import UserError
+
+__all__ = ["flag_surface", "nearest", "parse_flags"]
+
+Config = TypeVar("Config")
+
+_MARKERS = (tyro.conf.FlagCreatePairsOff,)
+_RULE = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"
+_WALL = "\N{BOX DRAWINGS LIGHT VERTICAL}"
+
+
+def parse_flags(
+    config_class: type[Config], argv: Sequence[str], prog: str, default: Config | None = None
+) -> Config:
+    """Build `config_class` from command-line words; `default` gives the values of absent flags.
+
+    `--help` prints the help and raises `SystemExit(0)`. Raises `UserError` with one or two lines
+    for an unknown flag, a missing or a badly typed value.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            options: dict[str, Any] = {} if default is None else {"default": default}
+            return tyro.cli(config_class, args=list(argv), prog=prog, config=_MARKERS, **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"{_message(complaint.getvalue())}\nSee {prog} --help.") from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence naming the nearest known word, or all of them where none is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(names)}."
+
+
+def flag_surface(config_class: type) -> list[str]:
+    """One line for each flag: its name, its type and its default; the frozen-surface test's text.
+
+    Raises `TypeError` when `config_class` is not a dataclass.
+    """
+    lines = []
+    for field in dataclasses.fields(config_class):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        shown = "required" if default is dataclasses.MISSING else repr(default)
+        lines.append(f"{_flag_name(field)}: {field.type} = {shown}")
+    return sorted(lines)
+
+
+def _flag_name(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.rstrip("_").replace("_", "-")
+
+
+def _message(box: str) -> str:
+    """The complaint and the suggested flags out of tyro's framed text, unwrapped."""
+    rows = [row.strip().strip(_WALL).strip() for row in box.splitlines()]
+    rows = [row for row in rows if row and not row.startswith(("╭", "╰"))]
+    sections: list[list[str]] = [[]]
+    for row in rows:
+        if set(row) == {_RULE}:
+            sections.append([])
+        else:
+            sections[-1].append(row)
+    message = " ".join(sections[0])
+    flags = [
+        row.split()[0].rstrip(",")
+        for section in sections[1:]
+        if section and section[0].startswith("Perhaps you meant")
+        for row in section
+        if row.startswith("--")
+    ]
+    return f"{message} Did you mean {' or '.join(flags)}?" if flags else message
