@@ -1,0 +1,341 @@
+"""The codec: images <-> latents, and every form of decoding that a method may need.
+
+    z_0 = (x_0 - shift) * scale,    x_0 ~ N(mean(image), exp(logvar(image)))
+    image = D(z_0 / scale + shift)
+
+Images are float in [-1, 1], (B, 3, H, W); latents are (B, C, h, w), scaled and shifted, H = factor h.
+The networks may be bf16 or fp16; moments, sampling and returned images are float32 at least. A
+float16 VAE whose config says `force_upcast` (SDXL) computes in float32, on a copy of its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkit.errors import UserError
+from diffkit.models.decode import (
+    Checkpoint,
+    Stage,
+    chain_vjp,
+    cuts,
+    decoder_stages,
+    encoder_stages,
+    run,
+    up_receptive_field,
+)
+from diffkit.models.fingerprint import describe_config, fingerprint_module
+
+__all__ = ["Codec"]
+
+Crop = tuple[int, int, int, int]
+
+
+class Codec:
+    """Encode, decode and differentiate through a diffusers `AutoencoderKL`.
+
+    The VAE is used as it stands: it is not copied, moved, frozen or reconfigured, and slicing or
+    tiling switched on by a pipeline is ignored here.
+
+    Arguments:
+        vae: an `AutoencoderKL`.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self._upcast: Any = None
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel along one side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def channels(self) -> int:
+        """Latent channels C."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.vae.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the networks compute."""
+        dtype: torch.dtype = self.vae.dtype
+        upcast = dtype == torch.float16 and self.vae.config.force_upcast
+        return torch.float32 if upcast else dtype
+
+    @property
+    def context(self) -> int:
+        """Latent pixels of margin that `decode(crop=...)` adds by default: the up path's reach."""
+        return up_receptive_field(self.vae)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of an image of height x width pixels; `UserError` if the sides do not divide."""
+        self._check_size(height, width)
+        return (self.channels, height // self.factor, width // self.factor)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Codec:
+        """Move or cast the VAE in place; returns self."""
+        self.vae.to(device=device, dtype=dtype)
+        self._upcast = None
+        return self
+
+    def fingerprint(self) -> str:
+        """Hash of class, config and all weights (see `fingerprint_module`): 32 hexadecimal digits."""
+        return fingerprint_module(self.vae, describe_config(self.vae.config))
+
+    # -- encoding -----------------------------------------------------------------------------
+
+    def encode_moments(self, images: Tensor, checkpoint: Checkpoint = None) -> Tensor:
+        """Mean and log variance of the unscaled latents: (B, 3, H, W) -> (B, 2C, h, w), >= float32."""
+        self._check_images(images)
+        return _at_least_float32(run(encoder_stages(self._network()), self._cast(images), checkpoint))
+
+    def mean(self, moments: Tensor) -> Tensor:
+        """The most likely latents, (mean - shift) * scale: (B, 2C, h, w) -> (B, C, h, w)."""
+        return self._scaled(_at_least_float32(moments).chunk(2, dim=1)[0])
+
+    def sample(self, moments: Tensor, eps: Tensor) -> Tensor:
+        """(mean + exp(logvar / 2) eps - shift) * scale, logvar limited to [-30, 20] as in diffusers.
+
+        Arguments:
+            moments: (B, 2C, h, w).
+            eps: standard normal noise (B, C, h, w).
+        """
+        mean, logvar = _at_least_float32(moments).chunk(2, dim=1)
+        std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+        return self._scaled(mean + std * eps.to(mean))
+
+    def encode(
+        self, images: Tensor, eps: Tensor | None = None, checkpoint: Checkpoint = None
+    ) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, H, W): sampled with `eps`, the mean without."""
+        moments = self.encode_moments(images, checkpoint)
+        return self.mean(moments) if eps is None else self.sample(moments, eps)
+
+    def encode_vjp(
+        self,
+        images: Tensor,
+        cotangent: Tensor | Callable[[Tensor], Tensor],
+        eps: Tensor | None = None,
+        checkpoint: Checkpoint = "block",
+    ) -> Tensor:
+        """J^T c with J the Jacobian of `encode(images, eps)`: -> (B, 3, H, W), >= float32.
+
+        Arguments:
+            images: (B, 3, H, W).
+            cotangent: c, (B, C, h, w), or a function that gives it from the latents.
+            eps: as in `encode`.
+            checkpoint: pieces of the second pass; see `vjp`.
+        """
+        self._check_images(images)
+
+        def head(moments: Tensor) -> Tensor:
+            return self.mean(moments) if eps is None else self.sample(moments, eps)
+
+        pieces = [self._cast, *cuts(encoder_stages(self._network()), checkpoint), head]
+        return chain_vjp(pieces, _at_least_float32(images), _as_function(cotangent))[1]
+
+    # -- decoding -----------------------------------------------------------------------------
+
+    def decode(
+        self,
+        latents: Tensor,
+        checkpoint: Checkpoint = None,
+        crop: Crop | None = None,
+        context: int | None = None,
+        tiled: bool = False,
+    ) -> Tensor:
+        """Images (B, 3, H, W), >= float32, not clamped, of latents (B, C, h, w).
+
+        Arguments:
+            latents: scaled and shifted latents.
+            checkpoint: keep for the backward pass only the activations between blocks ("block")
+                or between ResNet blocks ("resnet") and recompute the rest; same image, same
+                gradients.
+            crop: (top, left, height, width) in latent pixels: only this part of the image. The mid
+                block, whose attention is global, runs on all latents and is exact; the up blocks
+                run on the crop and `context` pixels around it. Their convolutions are exact with
+                the default context; their GroupNorm statistics are those of the cropped features,
+                an approximation that gets better with more context and vanishes when crop and
+                context cover everything.
+            context: margin in latent pixels; `self.context` by default.
+            tiled: diffusers' tiled decoding with blended seams, in tiles of the VAE's sample size.
+                An approximation without gradients: refused where a gradient is asked for.
+
+        Raises:
+            UserError: wrong shape, crop outside the latents, or options that exclude one another.
+        """
+        self._check_latents(latents)
+        if context is not None and crop is None:
+            raise UserError("context is the margin of a crop; give crop=(top, left, height, width)")
+        if tiled:
+            return self._decode_tiled(latents, checkpoint, crop)
+        x, stages = self._unscaled(latents), decoder_stages(self._network())
+        if crop is None:
+            return _at_least_float32(run(stages, x, checkpoint))
+        _check_crop(crop, latents)
+        margin = self.context if context is None else context
+        features = run(stages[:1], x, checkpoint)
+        window, inner = _window(crop, margin, features)
+        image = _at_least_float32(run(stages[1:], features[window], checkpoint))
+        return image[_scaled_window(inner, self.factor)]
+
+    def decoder_features(
+        self,
+        latents: Tensor,
+        blocks: Sequence[str] | None = None,
+        checkpoint: Checkpoint = None,
+    ) -> dict[str, Tensor]:
+        """Outputs of the decoder's blocks by name, in order: mid, up_0, ..., up_k, out.
+
+        Blocks after the last one named are not computed. Gradients flow. Features have the dtype of
+        the network, except `out` (the image), which is >= float32.
+
+        Arguments:
+            latents: (B, C, h, w).
+            blocks: names to return; all by default.
+            checkpoint: as in `decode`.
+
+        Raises:
+            UserError: an unknown name.
+        """
+        self._check_latents(latents)
+        stages = decoder_stages(self._network())
+        names = [stage.name for stage in stages]
+        wanted = set(names if blocks is None else blocks)
+        if unknown := sorted(wanted - set(names)):
+            raise UserError(f"unknown decoder blocks {unknown}; this decoder has {names}")
+        last = max((names.index(name) for name in wanted), default=-1)
+        x, features = self._unscaled(latents), {}
+        for stage in stages[: last + 1]:
+            x = run((stage,), x, checkpoint)
+            if stage.name in wanted:
+                features[stage.name] = _at_least_float32(x) if stage.name == "out" else x
+        return features
+
+    def vjp(
+        self,
+        latents: Tensor,
+        cotangent: Tensor | Callable[[Tensor], Tensor],
+        checkpoint: Checkpoint = "block",
+    ) -> Tensor:
+        """J^T c with J the Jacobian of `decode(latents)`: -> (B, C, h, w), >= float32.
+
+        Two passes: one without a graph that keeps what lies between the pieces, one backwards that
+        builds the graph of one piece at a time. Equal to autograd through `decode`; parameters get
+        no gradient; the result carries no graph.
+
+        Arguments:
+            latents: (B, C, h, w).
+            cotangent: c, (B, 3, H, W), or a function that gives it from the decoded image (for the
+                gradient of a loss of the image, without decoding twice).
+            checkpoint: how fine the pieces are: "block", "resnet", or None for one piece.
+        """
+        self._check_latents(latents)
+        stages = decoder_stages(self._network())
+        pieces = [self._unscaled, *cuts(stages, checkpoint), _at_least_float32]
+        return chain_vjp(pieces, _at_least_float32(latents), _as_function(cotangent))[1]
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _network(self) -> Any:
+        """The VAE that computes: itself, or its float32 copy where the config forces one."""
+        if self.dtype == self.vae.dtype:
+            return self.vae
+        if self._upcast is None or self._upcast.device != self.vae.device:
+            self._upcast = copy.deepcopy(self.vae).float().requires_grad_(False)
+        return self._upcast
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(device=self.device, dtype=self.dtype)
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(shift, scale), each broadcastable to (B, C, h, w)."""
+        config = self.vae.config
+        scale, shift = torch.tensor(config.scaling_factor), torch.tensor(config.shift_factor or 0.0)
+        if config.latents_mean is not None and config.latents_std is not None:
+            scale = (scale / torch.tensor(config.latents_std)).view(1, -1, 1, 1)
+            shift = torch.tensor(config.latents_mean).view(1, -1, 1, 1)
+        return shift.to(like), scale.to(like)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        shift, scale = self._affine(x)
+        return (x - shift) * scale
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        latents = _at_least_float32(latents)
+        shift, scale = self._affine(latents)
+        return self._cast(latents / scale + shift)
+
+    def _decode_tiled(self, latents: Tensor, checkpoint: Checkpoint, crop: Crop | None) -> Tensor:
+        if checkpoint is not None or crop is not None:
+            raise UserError("tiled=True goes with neither checkpoint nor crop; leave them out")
+        if latents.requires_grad and torch.is_grad_enabled():
+            raise UserError(
+                "decode(tiled=True) gives no gradients, but these latents require them; use "
+                "checkpoint='block', checkpoint='resnet' or crop=... to save memory"
+            )
+        with torch.no_grad():
+            image: Tensor = self._network().tiled_decode(self._unscaled(latents)).sample
+        return _at_least_float32(image)
+
+    def _check_size(self, height: int, width: int) -> None:
+        f = self.factor
+        if height % f or width % f or height < f or width < f:
+            right = [max(f, round(side / f) * f) for side in (height, width)]
+            raise UserError(
+                f"images of {height}x{width} pixels (height x width) do not fit the codec, whose "
+                f"sides are multiples of {f}; nearest: {right[0]}x{right[1]}"
+            )
+
+    def _check_images(self, images: Tensor) -> None:
+        channels = self.vae.config.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise UserError(f"images must be (B, {channels}, H, W), not {tuple(images.shape)}")
+        self._check_size(*images.shape[-2:])
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise UserError(f"latents must be (B, {self.channels}, h, w), not {tuple(latents.shape)}")
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _as_function(cotangent: Tensor | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return (lambda _: cotangent) if isinstance(cotangent, Tensor) else cotangent
+
+
+def _check_crop(crop: Crop, latents: Tensor) -> None:
+    top, left, height, width = crop
+    h, w = latents.shape[-2:]
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > h or left + width > w:
+        raise UserError(
+            f"crop (top, left, height, width) = {crop} does not lie inside latents of {h}x{w}"
+        )
+
+
+def _window(crop: Crop, margin: int, x: Tensor) -> tuple[Any, Crop]:
+    """Index of the crop with its margin, and the crop's place inside that window."""
+    top, left, height, width = crop
+    y0, x0 = max(0, top - margin), max(0, left - margin)
+    rows, columns = slice(y0, top + height + margin), slice(x0, left + width + margin)
+    return (..., rows, columns), (top - y0, left - x0, height, width)
+
+
+def _scaled_window(crop: Crop, factor: int) -> Any:
+    top, left, height, width = (factor * side for side in crop)
+    return (..., slice(top, top + height), slice(left, left + width))
