@@ -1,4 +1,4 @@
-"""The embedded model, its helper networks, data sample and pictures, importable as `diffkit.assets`."""
+"""The embedded model, its helper networks, data sample and pictures: `diffkit.assets`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def path(name: str) -> Path:
     Raises `UserError` for another name, and when this copy of diffkit lacks the folder.
     """
     if name not in NAMES:
-        raise UserError(f"no asset named {name!r}; there are {', '.join(NAMES)}")
+        raise UserError(f"no asset named {name!r}; there are {', '.join(NAMES)}.")
     folder = Path(__file__).parent / name
     if not folder.is_dir():
-        raise UserError(f"this copy of diffkit lacks the asset {name!r}: {folder} does not exist")
+        raise UserError(f"this copy of diffkit lacks the asset {name!r}: {folder} does not exist.")
     return folder
