@@ -1,0 +1,1 @@
+"""Making pictures from a model: recipes, schedulers, batches, contact sheets."""
