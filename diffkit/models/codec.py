@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffkit.errors import UserError
 from diffkit.models.decode import (
@@ -87,7 +87,8 @@ class Codec:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Codec:
         """Move or cast the VAE in place; returns self."""
-        self.vae.to(device=device, dtype=dtype)
+        # diffusers' own `to` warns of modules to be kept in float32 even where it names none
+        nn.Module.to(self.vae, device=device, dtype=dtype)
         self._upcast = None
         return self
 
@@ -100,7 +101,9 @@ class Codec:
     def encode_moments(self, images: Tensor, checkpoint: Checkpoint = None) -> Tensor:
         """Mean and log variance of the unscaled latents: (B, 3, H, W) -> (B, 2C, h, w), >= float32."""
         self._check_images(images)
-        return _at_least_float32(run(encoder_stages(self._network()), self._cast(images), checkpoint))
+        return _at_least_float32(
+            run(encoder_stages(self._network()), self._cast(images), checkpoint)
+        )
 
     def mean(self, moments: Tensor) -> Tensor:
         """The most likely latents, (mean - shift) * scale: (B, 2C, h, w) -> (B, C, h, w)."""
@@ -308,7 +311,9 @@ class Codec:
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise UserError(f"latents must be (B, {self.channels}, h, w), not {tuple(latents.shape)}")
+            raise UserError(
+                f"latents must be (B, {self.channels}, h, w), not {tuple(latents.shape)}"
+            )
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

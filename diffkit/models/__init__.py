@@ -1,0 +1,1 @@
+"""One view of every latent diffusion model: codec, conditioner, denoiser and schedule."""

@@ -1,0 +1,191 @@
+"""What a denoiser is told: prompts turned into tensors that can be cached, mixed and dropped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from diffkit.errors import UserError
+from diffkit.models.fingerprint import fingerprint_module
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffkit.models.families import Family
+
+__all__ = ["Conditioner", "Conditioning", "Sizes"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Micro-conditioning of one picture (Podell et al. 2023): pixels, (height, width) each."""
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Tensors that condition a denoiser; every one has the batch as its first dimension.
+
+    Attributes:
+        tokens: (B, L, D) text states for cross or joint attention, or None.
+        pooled: (B, P) pooled text embedding, or None (SDXL, SD3).
+        time_ids: (B, 6) original size, crop and target size in pixels, or None (SDXL).
+        mask: (B, L) attention mask of `tokens`, or None.
+        labels: (B,) class labels, int64, or None.
+    """
+
+    tokens: Tensor | None = None
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """The tensors that are present, by name: what a cache stores."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, tensors: dict[str, Tensor]) -> Conditioning:
+        """The inverse of `to_dict`."""
+        return cls(**tensors)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        return replace(self, **{k: function(v) for k, v in self.to_dict().items()})
+
+    def __len__(self) -> int:
+        return next(iter(self.to_dict().values())).shape[0]
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Conditioning:
+        """Move all tensors; `dtype` applies to the floating ones."""
+        return self._map(
+            lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+        )
+
+    def select(self, rows: Tensor | slice) -> Conditioning:
+        """Some rows of the batch."""
+        return self._map(lambda x: x[rows])
+
+    def expand(self, n: int) -> Conditioning:
+        """A batch of one, repeated n times without copying."""
+        return self._map(lambda x: x.expand(n, *x.shape[1:]))
+
+    def chunk(self, parts: int) -> list[Conditioning]:
+        """Equal parts of the batch, in order."""
+        size = len(self) // parts
+        return [self.select(slice(i * size, (i + 1) * size)) for i in range(parts)]
+
+    @staticmethod
+    def cat(items: Sequence[Conditioning]) -> Conditioning:
+        """One batch after the other; all must hold the same tensors."""
+        rows = [item.to_dict() for item in items]
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise ValueError("conditionings of different kinds cannot be joined")
+        return Conditioning(**{k: torch.cat([row[k] for row in rows]) for k in rows[0]})
+
+    def drop(self, mask: Tensor, null: Conditioning) -> Conditioning:
+        """Rows where `mask` (B,) is true are replaced by `null` (a batch of 1 or B).
+
+        `time_ids` say where the picture comes from, not what it shows, and are never dropped.
+        """
+
+        def pick(name: str, value: Tensor) -> Tensor:
+            other = getattr(null, name)
+            if name == "time_ids" or other is None:
+                return value
+            keep = mask.to(value.device).reshape(-1, *(1,) * (value.ndim - 1))
+            return torch.where(keep, other.to(value), value)
+
+        return replace(self, **{k: pick(k, v) for k, v in self.to_dict().items()})
+
+
+class Conditioner:
+    """Prompts -> `Conditioning`, through the text encoders of a stock diffusers pipeline.
+
+    Only the family's text components of `pipeline` are used; the others may be None. `free` drops
+    the encoders from memory once everything is cached.
+    """
+
+    def __init__(self, family: Family, pipeline: DiffusionPipeline) -> None:
+        self.family = family
+        self.pipeline = pipeline
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Tokenizers and encoders by component name; a missing or freed one is None."""
+        return {name: getattr(self.pipeline, name) for name in self.family.text_components}
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders that are in memory, by component name."""
+        return {k: v for k, v in self.components.items() if isinstance(v, nn.Module)}
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: Sequence[str], sizes: Sequence[Sizes] | tuple[int, int] | None = None
+    ) -> Conditioning:
+        """Conditioning of B prompts.
+
+        Args:
+            prompts: one text a picture.
+            sizes: one `Sizes` a prompt, or one (height, width) in pixels for all. Needed by models
+                with micro-conditioning, unused by the others.
+
+        Raises:
+            UserError: the encoders were freed, or `sizes` is missing where it is needed.
+        """
+        self._need_encoders()
+        cond = self.family.encode_prompts(self.pipeline, list(prompts))
+        return self.with_sizes(cond, sizes)
+
+    @torch.no_grad()
+    def null(
+        self, n: int = 1, sizes: Sequence[Sizes] | tuple[int, int] | None = None
+    ) -> Conditioning:
+        """The unconditional input, as the stock pipeline makes it without a negative prompt."""
+        self._need_encoders()
+        return self.with_sizes(self.family.encode_null(self.pipeline).expand(n), sizes)
+
+    def _need_encoders(self) -> None:
+        if not self.encoders:
+            raise UserError("the text encoders were freed; load the model again to encode prompts.")
+
+    def with_sizes(
+        self, cond: Conditioning, sizes: Sequence[Sizes] | tuple[int, int] | None
+    ) -> Conditioning:
+        """Add the micro-conditioning `time_ids`; unchanged for a model that has none."""
+        if not self.family.micro_conditioning:
+            return cond
+        if sizes is None:
+            raise UserError(f"{self.family.name} needs picture sizes: give sizes=(height, width).")
+        if isinstance(sizes, tuple) and isinstance(sizes[0], int):
+            sizes = [Sizes(sizes, (0, 0), sizes)] * len(cond)
+        rows = [[*s.original, *s.crop, *s.target] for s in cast(Sequence[Sizes], sizes)]
+        device = next(iter(cond.to_dict().values())).device
+        return replace(cond, time_ids=torch.tensor(rows, dtype=torch.float32, device=device))
+
+    def free(self) -> None:
+        """Drop the encoders from memory; `LatentDiffusion.save` reads them again."""
+        for name in self.encoders:
+            setattr(self.pipeline, name, None)
+
+    def fingerprint(self) -> str:
+        """Hexadecimal key of the encoders' weights and the tokenizers' vocabularies."""
+        self._need_encoders()
+        digest = hashlib.blake2b(digest_size=16)
+        for name, part in sorted(self.components.items()):
+            if isinstance(part, nn.Module):
+                digest.update(fingerprint_module(part, extra=name).encode())
+            elif part is not None:
+                digest.update(f"{name}:{sorted(part.get_vocab().items())}".encode())
+        return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""The network that is told z_t, the time and the conditioning, and what its output means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffkit.errors import UserError
+from diffkit.models.conditioner import Conditioning
+from diffkit.models.families import Family
+from diffkit.models.schedule import Prediction, Schedule
+
+__all__ = ["Denoiser", "set_attention"]
+
+
+class Denoiser(nn.Module):
+    """A diffusers U-Net or transformer behind one call.
+
+    The output is in the model's own parametrisation, `schedule.prediction_type`. Inputs are cast
+    to the network's dtype; `predict` and `guided` compute in at least float32.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, schedule: Schedule) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+        self.schedule = schedule
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's floating dtype."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    def forward(
+        self, z_t: Tensor, t: Tensor, cond: Conditioning, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Raw output (B, C, h, w) for z_t (B, C, h, w) at times t (B,) in the model's units.
+
+        `guidance` (B,) are diffusers' `guidance_scale` values for a model with a guidance
+        embedding, which needs them; others refuse them.
+        """
+        dtype = self.dtype
+        return self.family.call(self.model, z_t.to(dtype), t, cond.to(dtype=dtype), guidance)
+
+    def predict(
+        self, z_t: Tensor, t: Tensor, cond: Conditioning, guidance: Tensor | None = None
+    ) -> Prediction:
+        """The output as a `Prediction`: .x0, .eps, .v and .velocity in at least float32."""
+        return self.schedule.prediction(self(z_t, t, cond, guidance), z_t, t)
+
+    def guided(
+        self, z_t: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, scale: float
+    ) -> Prediction:
+        """Classifier-free guidance in diffusers' convention (Ho & Salimans 2022).
+
+        output = o_uncond + scale (o_cond - o_uncond), both in one batch of 2B; scale = 1 is the
+        conditional model.
+        """
+        self.family.require("cfg")
+        both = Conditioning.cat([uncond, cond])
+        outputs = self(torch.cat([z_t, z_t]), torch.cat([t, t]), both).float()
+        without, given = outputs.chunk(2)
+        return self.schedule.prediction(without + scale * (given - without), z_t, t)
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        """Names of the blocks whose output `taps` can read, in the order of computation."""
+        self.family.require("taps")
+        return self.family.tap_names(self.model)
+
+    @contextmanager
+    def taps(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Within the context every call leaves the outputs of the named blocks in the dict.
+
+        Gradients flow through them. Raises `UserError` for a name that is not in `tap_names`.
+        """
+        unknown = [name for name in names if name not in self.tap_names]
+        if unknown:
+            raise UserError(f"no block {unknown[0]!r}; there are {', '.join(self.tap_names)}.")
+        found: dict[str, Tensor] = {}
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(_keep(found, name))
+            for name in names
+        ]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _keep(found: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        # U-Net down blocks return (state, skips), joint transformer blocks (text, image).
+        last = output[-1] if isinstance(output, tuple) and torch.is_tensor(output[-1]) else output
+        found[name] = last[0] if isinstance(last, tuple) else last
+
+    return hook
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Choose how attention is computed: "sdpa", "xformers", "classic", or a diffusers backend.
+
+    "sdpa" is torch's scaled_dot_product_attention; "classic" the explicit softmax, which has a
+    second derivative and is faster for tiny training on a CPU. Any other name goes to diffusers'
+    `set_attention_backend` (flash, sage, _native_math ...).
+
+    Raises:
+        UserError: the backend is not installed, unknown, or not for this model class.
+    """
+    if name == "sdpa":
+        return
+    try:
+        if name == "xformers":
+            model.enable_xformers_memory_efficient_attention()
+        elif name == "classic":
+            _set_classic(model)
+        else:
+            model.set_attention_backend(name)
+    except (ImportError, ModuleNotFoundError, ValueError, RuntimeError, NotImplementedError) as e:
+        hint = "; install it with: pip install diffkit[xformers]" if name == "xformers" else ""
+        raise UserError(f"attention {name!r} cannot be used here: {e}{hint}") from e
+
+
+def _set_classic(model: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    found = getattr(model, "attn_processors", {})
+    if not found or not all(isinstance(p, AttnProcessor | AttnProcessor2_0) for p in found.values()):
+        raise ValueError("only U-Nets with plain attention processors have the classic form")
+    model.set_attn_processor(AttnProcessor())

@@ -1,0 +1,169 @@
+"""A latent diffusion model: codec, conditioner, denoiser and schedule, loaded and saved together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffkit.errors import UserError
+from diffkit.files import atomic_directory
+from diffkit.models.codec import Codec
+from diffkit.models.conditioner import Conditioner
+from diffkit.models.denoiser import Denoiser, set_attention
+from diffkit.models.families import Family, PipelineKind, family_of
+from diffkit.models.loading import EMBEDDED, load_pipeline
+from diffkit.models.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["EMBEDDED", "LatentDiffusion"]
+
+
+class LatentDiffusion:
+    """Four small parts over one stock diffusers pipeline; a method takes only those it needs.
+
+    Attributes:
+        codec: images <-> latents.
+        conditioner: prompts -> `Conditioning`.
+        denoiser: (z_t, t, conditioning) -> output.
+        schedule: alpha_t, sigma_t and the parametrisation.
+        family: what this model class can do.
+        source: the path or hub id that it was loaded from, "" for one built in memory.
+
+    Example:
+        >>> model = LatentDiffusion.load("embedded")
+        >>> cond = model.conditioner.encode(["red apple, noto style, blue background"])
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, source: str = "", **load_options: Any) -> None:
+        self.family: Family = family_of(type(pipeline).__name__)
+        self._pipeline = pipeline
+        self.source = source
+        self._load_options = load_options
+        self.schedule = Schedule.from_scheduler(pipeline.scheduler)
+        self.codec = Codec(pipeline.vae)
+        self.conditioner = Conditioner(self.family, pipeline)
+        network = getattr(pipeline, self.family.denoiser)
+        self.denoiser = Denoiser(network, self.family, self.schedule)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] = EMBEDDED,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        variant: str | None = None,
+        revision: str | None = None,
+        config: str | os.PathLike[str] | None = None,
+        attention: str = "sdpa",
+    ) -> LatentDiffusion:
+        """Load a model from where users keep them.
+
+        Args:
+            source: "embedded", a diffusers folder, a single `.safetensors` file, or a hub id.
+            dtype, device: of the networks.
+            variant, revision: as in diffusers, for folders and hub ids.
+            config: diffusers folder or hub id with the configs of a single file; without it
+                diffusers fetches them from the hub.
+            attention: see `set_attention`.
+
+        Raises:
+            UserError: nothing is there, it is no model that diffkit knows, or it is a pickle.
+        """
+        name = os.fspath(source)
+        options = {"variant": variant, "revision": revision, "config": config}
+        pipeline = load_pipeline(name, dtype=dtype, **options)
+        model = cls(pipeline, name, dtype=dtype, attention=attention, **options)
+        set_attention(model.denoiser.model, attention)
+        return model.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The denoiser's dtype."""
+        return self.denoiser.dtype
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LatentDiffusion:
+        """Move every network."""
+        for module in self.networks.values():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """Every network of the pipeline that is in memory, by component name."""
+        parts = self._pipeline.components
+        return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture of this size in pixels."""
+        self.check_size(height, width)
+        factor = self.codec.factor
+        return self.codec.channels, height // factor, width // factor
+
+    @property
+    def size_multiple(self) -> int:
+        """Picture sizes must be multiples of this: the codec's factor times the denoiser's."""
+        config = self.denoiser.model.config
+        if self.family.denoiser == "transformer":
+            return int(self.codec.factor * config.patch_size)
+        return int(self.codec.factor * 2 ** (len(config.block_out_channels) - 1))
+
+    @property
+    def default_size(self) -> int:
+        """The side in pixels that the model was trained at, from its own config."""
+        return int(self.denoiser.model.config.sample_size * self.codec.factor)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise `UserError` with the nearest right size when a picture size cannot be used."""
+        unit = self.size_multiple
+        if height >= unit and width >= unit and height % unit == 0 and width % unit == 0:
+            return
+        near = [max(unit, round(side / unit) * unit) for side in (width, height)]
+        raise UserError(
+            f"size {width}x{height}: both sides must be multiples of {unit} for this model; "
+            f"the nearest is {near[0]}x{near[1]}."
+        )
+
+    def pipeline(self, kind: PipelineKind = "text2image") -> DiffusionPipeline:
+        """A stock diffusers pipeline that shares this model's weights."""
+        self._restore_encoders()
+        wanted = self.family.pipeline_class(kind)
+        if type(self._pipeline) is wanted:
+            return self._pipeline
+        return wanted.from_pipe(self._pipeline)
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write a plain diffusers folder that `DiffusionPipeline.from_pretrained` loads.
+
+        Raises:
+            UserError: the folder exists and `overwrite` is false, or cannot be written.
+            RunFailed: the disk is full; an older folder stays whole.
+        """
+        self._restore_encoders()
+        with atomic_directory(folder, overwrite=overwrite) as place:
+            self._pipeline.save_pretrained(place, safe_serialization=True)
+        return Path(folder)
+
+    def _restore_encoders(self) -> None:
+        # Conditioner.free() dropped them; model_index.json would otherwise name none.
+        missing = [n for n in self._freed_names() if getattr(self._pipeline, n) is None]
+        if not missing:
+            return
+        again = LatentDiffusion.load(self.source, **self._load_options)
+        for name in missing:
+            setattr(self._pipeline, name, getattr(again._pipeline, name))
+
+    def _freed_names(self) -> list[str]:
+        return [] if self.conditioner.encoders else list(self.family.text_components)

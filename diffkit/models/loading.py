@@ -1,0 +1,142 @@
+"""Where models come from: the embedded one, diffusers folders, single files, hub ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffkit.errors import UserError
+from diffkit.models.families import families, family_of
+from diffkit.models.weights import load_safetensors, refuse_pickles
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["EMBEDDED", "load_pipeline", "resolve"]
+
+EMBEDDED = "embedded"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Key endings that only the original single-file layout of a family has.
+_SINGLE_FILE_MARKS = {
+    "conditioner.embedders.1.model.ln_final.weight": "StableDiffusionXLPipeline",
+    "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (
+        "StableDiffusionXLPipeline"
+    ),
+    "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "StableDiffusion3Pipeline",
+    "model.diffusion_model.input_blocks.0.0.weight": "StableDiffusionPipeline",
+}
+
+
+def resolve(source: str) -> str:
+    """The folder of the embedded model for "embedded"; any other name unchanged.
+
+    Raises `UserError` when this installation carries no embedded model.
+    """
+    if source != EMBEDDED:
+        return source
+    from diffkit import assets
+
+    folder = assets.path("model")
+    if not (folder / "model_index.json").is_file():
+        raise UserError("this installation has no embedded model; give --model FOLDER or a hub id.")
+    return str(folder)
+
+
+def load_pipeline(
+    source: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    revision: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+) -> DiffusionPipeline:
+    """A stock text-to-image pipeline in memory, on the CPU. See `LatentDiffusion.load`."""
+    name = resolve(source)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if variant or revision:
+            raise UserError(f"{path}: variant and revision are for folders and hub ids.")
+        return _from_file(path, dtype, config)
+    if config is not None:
+        raise UserError(f"{name}: config is for a single .safetensors file.")
+    if path.is_dir():
+        return _from_folder(path, dtype, variant)
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(
+            f"{name}: no such model. Give 'embedded', a diffusers folder (with model_index.json), "
+            "a .safetensors file, or a hub id such as 'owner/name'."
+        )
+    return _from_hub(name, dtype, variant, revision)
+
+
+def _from_folder(path: Path, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{path}: is not a diffusers model folder. {_what_is(path)}")
+    refuse_pickles(path)
+    try:
+        class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{index}: is not a diffusers model index ({error}).") from error
+    cls = family_of(class_name).pipeline_class("text2image")
+    options = {"torch_dtype": dtype, "use_safetensors": True, "variant": variant}
+    try:
+        return cls.from_pretrained(path, local_files_only=True, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be loaded as {class_name}: {error}") from error
+    except Exception as error:  # safetensors raises its own class for a damaged header
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{path}: a weight file is damaged ({error}).") from error
+
+
+def _what_is(path: Path) -> str:
+    if (path / "config.json").is_file():
+        return f"It holds a single component; give the pipeline folder, perhaps {path.parent}."
+    if (path / "adapter_config.json").is_file() or list(path.glob("pytorch_lora_weights.*")):
+        return "It holds a LoRA; give the base model with --model and this with --lora."
+    inner = sorted(child.name for child in path.iterdir() if (child / "model_index.json").is_file())
+    if inner:
+        return f"There is a model inside it: {path / inner[0]}."
+    return "There is no model_index.json in it."
+
+
+def _from_hub(
+    name: str, dtype: torch.dtype, variant: str | None, revision: str | None
+) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    options = {"variant": variant, "revision": revision, "use_safetensors": True}
+    try:
+        index = DiffusionPipeline.load_config(name, revision=revision)
+        cls = family_of(index["_class_name"]).pipeline_class("text2image")
+        return cls.from_pretrained(name, torch_dtype=dtype, **options)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: cannot be fetched from the hub, nor is it a path ({first})") from error
+
+
+def _from_file(
+    path: Path, dtype: torch.dtype, config: str | os.PathLike[str] | None
+) -> DiffusionPipeline:
+    refuse_pickles(path)
+    keys = load_safetensors(path).keys()
+    class_name = next((cls for mark, cls in _SINGLE_FILE_MARKS.items() if mark in keys), None)
+    if class_name is None:
+        known = ", ".join(family.name for family in families())
+        raise UserError(
+            f"{path}: holds no single-file checkpoint of {known} (its first key is "
+            f"{next(iter(keys), 'missing')!r}). A LoRA goes to --lora, a component into its folder."
+        )
+    cls: Any = family_of(class_name).pipeline_class("text2image")
+    options = {} if config is None else {"config": os.fspath(config)}
+    try:
+        return cls.from_single_file(str(path), torch_dtype=dtype, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        hint = "" if config else " Without the hub, give config=FOLDER of the same architecture."
+        raise UserError(f"{path}: cannot be loaded as {class_name}: {error}.{hint}") from error
