@@ -3,9 +3,10 @@
     z_0 = (x_0 - shift) * scale,    x_0 ~ N(mean(image), exp(logvar(image)))
     image = D(z_0 / scale + shift)
 
-Images are float in [-1, 1], (B, 3, H, W); latents are (B, C, h, w), scaled and shifted, H = factor h.
-The networks may be bf16 or fp16; moments, sampling and returned images are float32 at least. A
-float16 VAE whose config says `force_upcast` (SDXL) computes in float32, on a copy of its weights.
+Images are float in [-1, 1], (B, 3, H, W); latents are (B, C, h, w), scaled and shifted, with
+H = factor h. The networks may be bf16 or fp16; moments, sampling and returned images are float32 at
+least. A float16 VAE whose config says `force_upcast` (SDXL) computes in float32, on a copy of its
+weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from diffkit.errors import UserError
 from diffkit.models.decode import (
     Checkpoint,
-    Stage,
     chain_vjp,
     cuts,
     decoder_stages,
@@ -79,7 +79,7 @@ class Codec:
         return up_receptive_field(self.vae)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of an image of height x width pixels; `UserError` if the sides do not divide."""
+        """(C, h, w) of an image of height x width pixels; `UserError` if they do not divide."""
         self._check_size(height, width)
         return (self.channels, height // self.factor, width // self.factor)
 
@@ -93,13 +93,13 @@ class Codec:
         return self
 
     def fingerprint(self) -> str:
-        """Hash of class, config and all weights (see `fingerprint_module`): 32 hexadecimal digits."""
+        """Hash of class, config and all weights, 32 hexadecimal digits (`fingerprint_module`)."""
         return fingerprint_module(self.vae, describe_config(self.vae.config))
 
     # -- encoding -----------------------------------------------------------------------------
 
     def encode_moments(self, images: Tensor, checkpoint: Checkpoint = None) -> Tensor:
-        """Mean and log variance of the unscaled latents: (B, 3, H, W) -> (B, 2C, h, w), >= float32."""
+        """Mean and log variance of unscaled latents: (B, 3, H, W) -> (B, 2C, h, w), >= float32."""
         self._check_images(images)
         return _at_least_float32(
             run(encoder_stages(self._network()), self._cast(images), checkpoint)
@@ -110,7 +110,7 @@ class Codec:
         return self._scaled(_at_least_float32(moments).chunk(2, dim=1)[0])
 
     def sample(self, moments: Tensor, eps: Tensor) -> Tensor:
-        """(mean + exp(logvar / 2) eps - shift) * scale, logvar limited to [-30, 20] as in diffusers.
+        """(mean + exp(logvar / 2) eps - shift) * scale, logvar limited to [-30, 20].
 
         Arguments:
             moments: (B, 2C, h, w).

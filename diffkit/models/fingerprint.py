@@ -65,4 +65,4 @@ def _adapter_states(module: nn.Module) -> Iterable[str]:
 
 def _digest(tensor: Tensor) -> bytes:
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy(), digest_size=16).digest()
+    return hashlib.blake2b(flat.numpy().data, digest_size=16).digest()

@@ -148,7 +148,9 @@ def test_attention_inside_up_blocks_runs_unit_by_unit() -> None:
     latents, images = normal(1, 4, 8, 8), normal(1, 3, 16, 16)
     expected = codec.vae.decode(latents / codec.vae.config.scaling_factor).sample
     assert torch.equal(codec.decode(latents), expected)
-    assert torch.equal(codec.encode_moments(images), codec.vae.encode(images).latent_dist.parameters)
+    assert torch.equal(
+        codec.encode_moments(images), codec.vae.encode(images).latent_dist.parameters
+    )
 
 
 def test_unknown_checkpoint_mode_is_refused() -> None:
