@@ -1,0 +1,137 @@
+"""Filling the caches of a data set before training, each process its share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffkit.console import progress
+from diffkit.data.cache import EmbeddingCache, LatentCache
+from diffkit.data.loader import TrainingData, read_pixels
+from diffkit.data.scan import threaded
+from diffkit.data.transforms import View, to_float
+from diffkit.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from diffkit.models.codec import Codec
+    from diffkit.models.conditioner import Conditioner
+
+__all__ = ["cache_embeddings", "cache_latents"]
+
+_THREADS = 8
+
+
+def cache_latents(
+    data: TrainingData,
+    folder: str | os.PathLike[str],
+    codec: Codec,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    batch_size: int = 8,
+) -> int:
+    """Encode the missing entries of process `rank` of `world`; from then on `data` gives moments.
+
+    All views of every picture are stored, so mirrored ones too. The processes must wait for one
+    another before the first batch. Returns the number of pictures encoded here; what is there
+    already is not encoded again. Raises `UserError` for random crops, of which there is no end, and
+    `RunFailed` naming every picture that could not be decoded, after all others are done.
+    """
+    if data.transform.crop == "random":
+        raise UserError(
+            'Latents cannot be cached with crop "random": every visit shows another crop. '
+            'Use crop "center", or train without the latent cache.'
+        )
+    cache = LatentCache(os.path.join(folder, "latents"), codec.fingerprint())
+    mine = range(rank, len(data), world)
+
+    def missing(place: int) -> list[tuple[int, View, str]]:
+        position = mine[place]
+        identity = data.source.identity(data.kept[position])
+        views = data.transform.views(data.sizes[position], data.target(position))
+        keyed = [(position, view, cache.key(identity, view)) for view in views]
+        return [item for item in keyed if not cache.has(item[2])]
+
+    todo = [item for items in threaded(missing, len(mine), "Checking latents") for item in items]
+    broken: list[str] = []
+    done = 0
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for part in progress(_parts(todo, batch_size), "Encoding pictures"):
+            pixels = list(pool.map(lambda item: _pixels(data, *item[:2]), part))
+            keys = [item[2] for item, value in zip(part, pixels) if not isinstance(value, str)]
+            broken += [value for value in pixels if isinstance(value, str)]
+            if keys:
+                images = to_float([value for value in pixels if not isinstance(value, str)])
+                with torch.no_grad():
+                    moments = codec.encode_moments(images.to(codec.device)).float().cpu()
+                list(pool.map(lambda key, row: cache.write(key, {"moments": row}), keys, moments))
+                done += len(keys)
+    if broken:
+        raise RunFailed("\n".join(broken))
+    data.latents = cache
+    return done
+
+
+def _pixels(data: TrainingData, position: int, view: View) -> NDArray[np.uint8] | str:
+    try:
+        return read_pixels(data.source, data.source[data.kept[position]], view)
+    except RunFailed as error:
+        return str(error)
+
+
+def _parts(
+    todo: Sequence[tuple[int, View, str]], size: int
+) -> Iterator[Sequence[tuple[int, View, str]]]:
+    """Runs of at most `size` items of one target size."""
+    ordered = sorted(todo, key=lambda item: item[1].target)
+    start = 0
+    while start < len(ordered):
+        stop = start + 1
+        while (
+            stop < min(len(ordered), start + size)
+            and ordered[stop][1].target == ordered[start][1].target
+        ):
+            stop += 1
+        yield ordered[start:stop]
+        start = stop
+
+
+def cache_embeddings(
+    data: TrainingData,
+    folder: str | os.PathLike[str],
+    conditioner: Conditioner,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    batch_size: int = 16,
+) -> int:
+    """Encode the missing captions of process `rank` of `world`; from then on batches carry them.
+
+    The processes must wait for one another before the first batch; the conditioner may then be
+    freed. Returns the number of captions encoded here.
+    """
+    cache = EmbeddingCache(os.path.join(folder, "embeddings"), conditioner.fingerprint())
+    captions = sorted(
+        {text for index in data.kept for text in data.source[index].captions or ("",)}
+    )
+    mine = captions[rank::world]
+    present = threaded(lambda place: cache.has(cache.key(mine[place])), len(mine), "Checking texts")
+    todo = [caption for caption, there in zip(mine, present, strict=True) if not there]
+    starts = range(0, len(todo), batch_size)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in progress(starts, "Encoding captions"):
+            part = todo[start : start + batch_size]
+            # The sizes belong to a visit, not to a caption: any will do here, none is kept.
+            encoded = replace(conditioner.encode(part, sizes=(64, 64)), time_ids=None)
+            columns = {name: value.cpu() for name, value in encoded.to_dict().items()}
+            rows = [{name: value[i] for name, value in columns.items()} for i in range(len(part))]
+            list(pool.map(lambda text, row: cache.write(cache.key(text), row), part, rows))
+    data.embeddings = cache
+    return len(todo)

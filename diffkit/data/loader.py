@@ -1,0 +1,237 @@
+"""Training data with random access: the micro-batch of a step, and an iterator that works ahead."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffkit.data.batch import Batch
+from diffkit.data.buckets import assign_buckets, plan_buckets
+from diffkit.data.cache import EmbeddingCache, LatentCache
+from diffkit.data.images import BadImage
+from diffkit.data.records import ImageSource, Sample, Size
+from diffkit.data.sampler import BatchSampler, share
+from diffkit.data.scan import scan
+from diffkit.data.transforms import Crop, Transform, View, render, to_float
+from diffkit.errors import RunFailed
+from diffkit.models.conditioner import Conditioning, Sizes
+from diffkit.randomness import SampleKeys, integers
+
+__all__ = ["Loaded", "TrainingData", "assemble", "draw_caption", "read_pixels"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One sample of a batch: what is known of it, its view, and its pixels or its moments."""
+
+    sample: Sample
+    epoch: int
+    view: View
+    caption: str
+    pixels: NDArray[np.uint8] | None
+    moments: Tensor | None
+    embedding: dict[str, Tensor] | None
+
+
+class TrainingData:
+    """The endless, addressed sequence of batches of an image set.
+
+    Every batch is a pure function of the step: it does not depend on earlier calls, on threads, or
+    on how many processes share it. The order is that of `BatchSampler`; crops, flips and the
+    choice among several captions are drawn at (seed, epoch, sample).
+
+    Arguments:
+        source: the pictures; those without a readable header are named and left out.
+        resolution: side of the square in pixels; with buckets, the root of their area.
+        batch_size: samples an optimizer step over all processes.
+        seed: that of the run.
+        multiple: image sides are multiples of it (pixels); the model's need.
+        max_aspect: the most elongated bucket, 1 for squares only.
+        crop: where a picture is cut to its bucket, "center" or "random".
+        flip: mirror half of the visits left to right.
+
+    Raises `UserError` when no picture is readable or the numbers are impossible.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        resolution: int,
+        batch_size: int,
+        seed: int,
+        multiple: int,
+        max_aspect: float = 1.0,
+        crop: Crop = "center",
+        flip: bool = False,
+    ) -> None:
+        self.source = source
+        self.seed = seed
+        self.transform = Transform(crop, flip)
+        self.buckets = plan_buckets(resolution, multiple, max_aspect)
+        found = scan(source)
+        self.kept = found.kept
+        self.sizes = found.sizes
+        self.bucket_of = assign_buckets(self.sizes, self.buckets)
+        self.sampler = BatchSampler(self.bucket_of, batch_size, seed)
+        self.latents: LatentCache | None = None
+        self.embeddings: EmbeddingCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in which every picture is seen once, on average."""
+        return self.sampler.steps_per_epoch
+
+    def fingerprint(self) -> str:
+        """Hash of the names and sizes of all pictures: equal sets give equal batch sequences."""
+        digest = hashlib.blake2b(digest_size=16)
+        for position, size in zip(self.kept, self.sizes, strict=True):
+            digest.update(f"{self.source[position].name}\t{size}\n".encode())
+        return digest.hexdigest()
+
+    def target(self, position: int) -> Size:
+        """(height, width) to which the picture at `position` of `kept` is cut."""
+        return self.buckets[self.bucket_of[position]]
+
+    def batch(
+        self, step: int, rank: int = 0, world: int = 1, micro: int = 0, accumulation: int = 1
+    ) -> Batch:
+        """The micro-batch `micro` of `accumulation` that process `rank` of `world` takes in `step`.
+
+        All numbers count from 0. Raises `UserError` when the batch size cannot be shared evenly and
+        `RunFailed` naming a picture that cannot be decoded.
+        """
+        pairs = self.sampler.batch(step)
+        rows = share(self.sampler.batch_size, rank, world, micro, accumulation)
+        return assemble(self.seed, [self.load(*pair) for pair in pairs[rows]], self._classes)
+
+    def batches(
+        self,
+        first_step: int,
+        last_step: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+        workers: int = 4,
+        ahead: int = 2,
+    ) -> Iterator[Batch]:
+        """`batch` for every step in [first_step, last_step), the micro-batches of each in order.
+
+        `workers` threads prepare samples, `ahead` micro-batches before they are asked for. An error
+        is raised in the place of the batch that it belongs to; closing the iterator ends the
+        threads.
+        """
+        with ThreadPoolExecutor(workers) as samples, ThreadPoolExecutor(1) as joiner:
+            queue: deque[Future[Batch]] = deque()
+            try:
+                for step in range(first_step, last_step):
+                    pairs = self.sampler.batch(step)
+                    for micro in range(accumulation):
+                        rows = share(self.sampler.batch_size, rank, world, micro, accumulation)
+                        parts = [samples.submit(self.load, *pair) for pair in pairs[rows]]
+                        # A thread of its own joins: it waits for samples, they never for it.
+                        queue.append(joiner.submit(self._join, parts))
+                        if len(queue) > ahead:
+                            yield queue.popleft().result()
+                while queue:
+                    yield queue.popleft().result()
+            finally:
+                samples.shutdown(wait=False, cancel_futures=True)
+                joiner.shutdown(wait=False, cancel_futures=True)
+
+    def load(self, position: int, epoch: int) -> Loaded:
+        """One sample: the picture at `position` of `kept` as it is seen in `epoch`."""
+        sample = self.source[self.kept[position]]
+        size = self.sizes[position]
+        view = self.transform.view(size, self.target(position), self.seed, epoch, sample.index)
+        caption = draw_caption(sample, self.seed, epoch)
+        embedding = None if self.embeddings is None else self._embedding(self.embeddings, caption)
+        if self.latents is None:
+            pixels = read_pixels(self.source, sample, view)
+            return Loaded(sample, epoch, view, caption, pixels, None, embedding)
+        moments = self._moments(self.latents, sample, view)
+        return Loaded(sample, epoch, view, caption, None, moments, embedding)
+
+    @property
+    def _classes(self) -> bool:
+        return bool(self.source.class_names)
+
+    def _join(self, parts: Sequence[Future[Loaded]]) -> Batch:
+        return assemble(self.seed, [part.result() for part in parts], self._classes)
+
+    def _moments(self, cache: LatentCache, sample: Sample, view: View) -> Tensor:
+        entry = cache.read(cache.key(self.source.identity(sample.index), view))
+        if entry is None:
+            raise RunFailed(_lost(f"latents of {sample.name}", cache))
+        return entry["moments"]
+
+    def _embedding(self, cache: EmbeddingCache, caption: str) -> dict[str, Tensor]:
+        entry = cache.read(cache.key(caption))
+        if entry is None:
+            raise RunFailed(_lost(f'embedding of "{caption}"', cache))
+        return entry
+
+
+def _lost(what: str, cache: LatentCache | EmbeddingCache) -> str:
+    return (
+        f"{cache.folder}: the cached {what} were damaged or removed, or the picture was changed, "
+        "while the run went on. Run the same command again: it makes them anew and goes on from "
+        "the last checkpoint."
+    )
+
+
+def draw_caption(sample: Sample, seed: int, epoch: int) -> str:
+    """The caption of a sample in one epoch, drawn uniformly; "" for a sample without any."""
+    if len(sample.captions) < 2:
+        return sample.captions[0] if sample.captions else ""
+    choice = integers(0, len(sample.captions), (), seed, epoch, sample.index, "caption")
+    return sample.captions[int(choice)]
+
+
+def read_pixels(source: ImageSource, sample: Sample, view: View) -> NDArray[np.uint8]:
+    """The pixels of a view, (H, W, 3). Raises `RunFailed` naming a picture that is broken."""
+    try:
+        return render(source.encoded(sample.index), view)
+    except BadImage as error:
+        raise RunFailed(
+            f"{sample.name}: cannot be decoded ({error}). Replace or remove it; "
+            "`diffkit data check` names every such file."
+        ) from error
+
+
+def assemble(seed: int, loaded: Sequence[Loaded], classes: bool) -> Batch:
+    """Stack samples of one target size into a batch; `classes` tells whether they have labels."""
+    samples = [item.sample for item in loaded]
+    pixels = [item.pixels for item in loaded if item.pixels is not None]
+    moments = [item.moments for item in loaded if item.moments is not None]
+    rows = [item.embedding for item in loaded if item.embedding is not None]
+    return Batch(
+        keys=SampleKeys(
+            seed, tuple(item.epoch for item in loaded), tuple(sample.index for sample in samples)
+        ),
+        images=to_float(pixels) if pixels else None,
+        moments=torch.stack(moments) if moments else None,
+        captions=[item.caption for item in loaded],
+        conditioning=_stack_rows(rows) if rows else None,
+        labels=torch.tensor([sample.label for sample in samples]) if classes else None,
+        sizes=[Sizes(item.view.original, item.view.corner, item.view.target) for item in loaded],
+        names=[sample.name for sample in samples],
+        extras=[sample.extras for sample in samples],
+    )
+
+
+def _stack_rows(rows: Sequence[dict[str, Tensor]]) -> Conditioning:
+    return Conditioning.from_dict(
+        {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    )
