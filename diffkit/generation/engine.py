@@ -1,0 +1,210 @@
+"""From recipes to pixels, through the stock diffusers pipelines of a loaded model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from diffkit.console import warn
+from diffkit.errors import RunFailed, UserError
+from diffkit.generation.pictures import Size, check_size, fit, read_mask, read_picture
+from diffkit.generation.recipe import Recipe
+from diffkit.generation.schedulers import swap_scheduler
+from diffkit.models.fingerprint import describe_config, fingerprint_module
+
+if TYPE_CHECKING:
+    from diffkit.models.families import PipelineKind
+    from diffkit.models.latent_diffusion import LatentDiffusion
+
+__all__ = [
+    "DTYPES",
+    "SizeRule",
+    "check_strength",
+    "choose_device",
+    "choose_dtype",
+    "in_batches",
+    "render",
+    "size_rule",
+    "weights_digest",
+]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> str:
+    """`"auto"` is CUDA, then MPS, then the CPU. Raises `UserError` for a device that is absent."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: is not here ({reason}); try cpu.") from error
+    return name
+
+
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """The torch dtype of a flag; float16 on a CPU is refused with `UserError`."""
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: unknown. Known: {', '.join(DTYPES)}.")
+    if name == "fp16" and torch.device(device).type == "cpu":
+        raise UserError("--dtype fp16: not on a CPU; use fp32, or bf16 for half the memory.")
+    return DTYPES[name]
+
+
+class SizeRule(NamedTuple):
+    """Which picture sizes a model makes: its own, whole multiples, and the largest side."""
+
+    native: Size
+    multiple: int
+    largest: int | None
+
+    def check(self, size: Size) -> None:
+        """Raise `UserError` naming the nearest sizes when this one cannot be made."""
+        check_size(size, self.multiple, self.largest)
+
+
+def size_rule(model: LatentDiffusion) -> SizeRule:
+    """Read a model's `SizeRule` out of its configs."""
+    config: Any = model.denoiser.model.config
+    factor, patch = model.codec.factor, getattr(config, "patch_size", None) or 1
+    sample = config.sample_size
+    height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
+    positions = getattr(config, "pos_embed_max_size", None)
+    largest = positions * factor * patch if positions else None
+    # Stock pipelines ask for multiples of 8 whatever the codec's factor is.
+    return SizeRule(Size(width * factor, height * factor), math.lcm(8, factor * patch), largest)
+
+
+def weights_digest(model: LatentDiffusion) -> str:
+    """Digest of everything loaded that decides pixels: networks, LoRAs, the scheduler's config."""
+    parts = [fingerprint_module(part, name) for name, part in sorted(model.networks.items())]
+    scheduler = model.pipeline().scheduler
+    parts.append(type(scheduler).__name__ + describe_config(scheduler.config))
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def check_strength(strength: float, steps: int) -> None:
+    """Refuse a strength outside (0, 1], or so small that no step is left, with `UserError`."""
+    if not 0 < strength <= 1:
+        raise UserError(f"--strength {strength:g}: must be above 0 and at most 1.")
+    if int(steps * strength) < 1:
+        least = math.ceil(1 / strength)
+        raise UserError(
+            f"--strength {strength:g}: leaves none of {steps} steps; give --steps {least} or more."
+        )
+
+
+def render(
+    model: LatentDiffusion, recipes: Sequence[Recipe], output_type: str = "pil"
+) -> list[Any]:
+    """Make one batch of pictures.
+
+    Every picture draws all its noise, that of stochastic samplers included, from a CPU generator
+    of its own seed, so the batch split changes floats by rounding only.
+
+    Args:
+        model: loaded and on its device, LoRAs applied.
+        recipes: at least one; alike in everything but prompt, negative, index and seed.
+        output_type: "pil" for RGB pictures, "pt" for float tensors (3, H, W) in [0, 1].
+
+    Returns:
+        One picture a recipe. Inpainted "pil" pictures keep the input's pixels outside the mask.
+    """
+    first = recipes[0]
+    size = Size(first.width, first.height)
+    kind = _kind(first)
+    arguments: dict[str, Any] = {
+        "prompt": [recipe.prompt for recipe in recipes],
+        "num_inference_steps": first.steps,
+        "guidance_scale": first.guidance,
+        "generator": [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes],
+        "output_type": output_type,
+    }
+    if first.guidance > 1:
+        arguments["negative_prompt"] = [recipe.negative for recipe in recipes]
+    if kind != "image2image":
+        arguments |= {"width": size.width, "height": size.height}
+    picture = mask = None
+    if first.image is not None:
+        picture = fit(read_picture(first.image), size)
+        arguments |= {"image": [picture] * len(recipes), "strength": first.strength}
+    if first.mask is not None:
+        mask = fit(read_mask(first.mask), size)
+        arguments["mask_image"] = [mask] * len(recipes)
+    with _sampler(model, model.pipeline(kind), first) as pipeline:
+        images: list[Any] = list(pipeline(**arguments).images)
+    if output_type == "pil" and picture is not None and mask is not None:
+        images = [Image.composite(image, picture, mask) for image in images]
+    return images
+
+
+@contextmanager
+def _sampler(model: LatentDiffusion, pipeline: Any, recipe: Recipe) -> Iterator[Any]:
+    """The pipeline with the recipe's scheduler; the model's own is put back afterwards."""
+    pipeline.set_progress_bar_config(disable=True)
+    own = pipeline.scheduler
+    if recipe.scheduler is not None:
+        pipeline.scheduler = swap_scheduler(
+            own,
+            recipe.scheduler,
+            model.schedule.kind,
+            model.schedule.prediction_type,
+            from_noise=recipe.image is None,
+        )
+    try:
+        yield pipeline
+    finally:
+        pipeline.scheduler = own
+
+
+def _kind(recipe: Recipe) -> PipelineKind:
+    if recipe.mask is not None:
+        return "inpaint"
+    return "text2image" if recipe.image is None else "image2image"
+
+
+def in_batches(
+    recipes: Sequence[Recipe],
+    batch_size: int,
+    make: Callable[[Sequence[Recipe]], Sequence[Image.Image]],
+) -> Iterator[tuple[Recipe, Image.Image]]:
+    """Yield (recipe, picture) in order; a batch that does not fit in memory is halved.
+
+    Raises:
+        RunFailed: not even one picture fits.
+    """
+    done = 0
+    while done < len(recipes):
+        batch = recipes[done : done + batch_size]
+        images = _try_batch(batch, make)
+        if images is None:
+            batch_size = len(batch) // 2
+            torch.cuda.empty_cache()
+            warn(f"out of memory with {len(batch)} pictures at once; going on with {batch_size}")
+            continue
+        yield from zip(batch, images, strict=True)
+        done += len(batch)
+
+
+def _try_batch(
+    batch: Sequence[Recipe], make: Callable[[Sequence[Recipe]], Sequence[Image.Image]]
+) -> Sequence[Image.Image] | None:
+    try:
+        return make(batch)
+    except torch.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise RunFailed(
+                f"out of memory with one picture of {batch[0].width}x{batch[0].height}; "
+                "try --dtype bf16 or a smaller --size. Finished pictures are kept."
+            ) from error
+        # Returning, not continuing, frees the frames that hold the failed batch's tensors.
+        return None
