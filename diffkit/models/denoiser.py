@@ -135,6 +135,8 @@ def _set_classic(model: Any) -> None:
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     found = getattr(model, "attn_processors", {})
-    if not found or not all(isinstance(p, AttnProcessor | AttnProcessor2_0) for p in found.values()):
+    if not found or not all(
+        isinstance(p, AttnProcessor | AttnProcessor2_0) for p in found.values()
+    ):
         raise ValueError("only U-Nets with plain attention processors have the classic form")
     model.set_attn_processor(AttnProcessor())

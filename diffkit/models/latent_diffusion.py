@@ -14,7 +14,7 @@ from diffkit.models.codec import Codec
 from diffkit.models.conditioner import Conditioner
 from diffkit.models.denoiser import Denoiser, set_attention
 from diffkit.models.families import Family, PipelineKind, family_of
-from diffkit.models.loading import EMBEDDED, load_pipeline
+from diffkit.models.loading import EMBEDDED, load_pipeline, quiet_libraries
 from diffkit.models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class LatentDiffusion:
         self.schedule = Schedule.from_scheduler(pipeline.scheduler)
         self.codec = Codec(pipeline.vae)
         self.conditioner = Conditioner(self.family, pipeline)
-        network = getattr(pipeline, self.family.denoiser)
+        network: Any = getattr(pipeline, self.family.denoiser)
         self.denoiser = Denoiser(network, self.family, self.schedule)
 
     @classmethod
@@ -76,8 +76,9 @@ class LatentDiffusion:
             UserError: nothing is there, it is no model that diffkit knows, or it is a pickle.
         """
         name = os.fspath(source)
-        options = {"variant": variant, "revision": revision, "config": config}
-        pipeline = load_pipeline(name, dtype=dtype, **options)
+        options: dict[str, Any] = {"variant": variant, "revision": revision, "config": config}
+        with quiet_libraries():
+            pipeline = load_pipeline(name, dtype=dtype, **options)
         model = cls(pipeline, name, dtype=dtype, attention=attention, **options)
         set_attention(model.denoiser.model, attention)
         return model.to(device)
@@ -97,7 +98,10 @@ class LatentDiffusion:
     ) -> LatentDiffusion:
         """Move every network."""
         for module in self.networks.values():
-            module.to(device=device, dtype=dtype)
+            if device is not None:
+                module.to(device)
+            if dtype is not None:
+                module.to(dtype)
         return self
 
     @property
@@ -114,16 +118,18 @@ class LatentDiffusion:
 
     @property
     def size_multiple(self) -> int:
-        """Picture sizes must be multiples of this: the codec's factor times the denoiser's."""
-        config = self.denoiser.model.config
-        if self.family.denoiser == "transformer":
-            return int(self.codec.factor * config.patch_size)
-        return int(self.codec.factor * 2 ** (len(config.block_out_channels) - 1))
+        """Picture sides must be multiples of this: the codec's factor times the patch size.
+
+        A U-Net needs no more: diffusers' upsamplers restore odd latent sizes.
+        """
+        patch = getattr(self.denoiser.model.config, "patch_size", None) or 1
+        return int(self.codec.factor * patch)
 
     @property
     def default_size(self) -> int:
         """The side in pixels that the model was trained at, from its own config."""
-        return int(self.denoiser.model.config.sample_size * self.codec.factor)
+        config: Any = self.denoiser.model.config
+        return int(config.sample_size * self.codec.factor)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise `UserError` with the nearest right size when a picture size cannot be used."""
@@ -152,7 +158,7 @@ class LatentDiffusion:
             RunFailed: the disk is full; an older folder stays whole.
         """
         self._restore_encoders()
-        with atomic_directory(folder, overwrite=overwrite) as place:
+        with atomic_directory(folder, overwrite=overwrite) as place, quiet_libraries():
             self._pipeline.save_pretrained(place, safe_serialization=True)
         return Path(folder)
 
@@ -162,8 +168,8 @@ class LatentDiffusion:
         if not missing:
             return
         again = LatentDiffusion.load(self.source, **self._load_options)
-        for name in missing:
-            setattr(self._pipeline, name, getattr(again._pipeline, name))
+        # Not setattr: it cannot bring back the entry of model_index.json.
+        self._pipeline.register_modules(**{n: getattr(again._pipeline, n) for n in missing})
 
     def _freed_names(self) -> list[str]:
         return [] if self.conditioner.encoders else list(self.family.text_components)

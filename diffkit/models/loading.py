@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from diffkit.models.weights import load_safetensors, refuse_pickles
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["EMBEDDED", "load_pipeline", "resolve"]
+__all__ = ["EMBEDDED", "load_pipeline", "quiet_libraries", "resolve"]
 
 EMBEDDED = "embedded"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,6 +34,24 @@ _SINGLE_FILE_MARKS = {
 }
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the libraries' own progress bars over files that take milliseconds."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = of_transformers.is_progress_bar_enabled(), of_diffusers.is_progress_bar_enabled()
+    of_transformers.disable_progress_bar()
+    of_diffusers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown[0]:
+            of_transformers.enable_progress_bar()
+        if shown[1]:
+            of_diffusers.enable_progress_bar()
+
+
 def resolve(source: str) -> str:
     """The folder of the embedded model for "embedded"; any other name unchanged.
 
@@ -39,9 +59,9 @@ def resolve(source: str) -> str:
     """
     if source != EMBEDDED:
         return source
-    from diffkit import assets
+    from diffkit.assets import path
 
-    folder = assets.path("model")
+    folder = path("model")
     if not (folder / "model_index.json").is_file():
         raise UserError("this installation has no embedded model; give --model FOLDER or a hub id.")
     return str(folder)
@@ -84,7 +104,7 @@ def _from_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Diffusi
     except (ValueError, KeyError) as error:
         raise UserError(f"{index}: is not a diffusers model index ({error}).") from error
     cls = family_of(class_name).pipeline_class("text2image")
-    options = {"torch_dtype": dtype, "use_safetensors": True, "variant": variant}
+    options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
     try:
         return cls.from_pretrained(path, local_files_only=True, **options)
     except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -115,10 +135,12 @@ def _from_hub(
     try:
         index = DiffusionPipeline.load_config(name, revision=revision)
         cls = family_of(index["_class_name"]).pipeline_class("text2image")
-        return cls.from_pretrained(name, torch_dtype=dtype, **options)
+        return cls.from_pretrained(name, dtype=dtype, **options)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: cannot be fetched from the hub, nor is it a path ({first})") from error
+        raise UserError(
+            f"{name}: cannot be fetched from the hub, nor is it a path ({first})"
+        ) from error
 
 
 def _from_file(
@@ -136,7 +158,7 @@ def _from_file(
     cls: Any = family_of(class_name).pipeline_class("text2image")
     options = {} if config is None else {"config": os.fspath(config)}
     try:
-        return cls.from_single_file(str(path), torch_dtype=dtype, **options)
+        return cls.from_single_file(str(path), dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if config else " Without the hub, give config=FOLDER of the same architecture."
         raise UserError(f"{path}: cannot be loaded as {class_name}: {error}.{hint}") from error

@@ -65,7 +65,9 @@ class Family:
         """Raise `UserError` by name when this family lacks `capability`."""
         if capability not in self.capabilities:
             has = ", ".join(sorted(self.capabilities))
-            raise UserError(f"{self.name} models have no {capability!r} capability (they have {has}).")
+            raise UserError(
+                f"{self.name} models have no {capability!r} capability (they have {has})."
+            )
 
     def pipeline_class(self, kind: PipelineKind) -> Any:
         """The stock diffusers class of this kind, or `UserError` when there is none."""
@@ -87,7 +89,7 @@ def family_of(pipeline_class: str) -> Family:
 
     Raises `UserError` naming the classes that are known.
     """
-    known = []
+    known: list[str] = []
     for family in families():
         names = (*family.pipelines.values(), *family.aliases)
         if pipeline_class in names:
