@@ -164,20 +164,20 @@ def build_sd3(folder: Path, seed: int = 0) -> Path:
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
-        in_channels=4,
+        in_channels=16,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=32,
         caption_projection_dim=16,
         pooled_projection_dim=32,
-        out_channels=4,
+        out_channels=16,
     )
     t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
+        vae=vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
         text_encoder=CLIPTextModelWithProjection(_clip_config()),
         text_encoder_2=CLIPTextModelWithProjection(_clip_config()),
         text_encoder_3=T5EncoderModel(t5),
