@@ -80,8 +80,9 @@ def cache_latents(
 
 
 def _pixels(data: TrainingData, position: int, view: View) -> NDArray[np.uint8] | str:
+    index = data.kept[position]
     try:
-        return read_pixels(data.source, data.source[data.kept[position]], view)
+        return read_pixels(data.source.encoded(index), data.source[index], view)
     except RunFailed as error:
         return str(error)
 

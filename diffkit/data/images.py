@@ -95,8 +95,8 @@ def describe(error: BaseException) -> str:
 
 def _open(encoded: Encoded) -> Image.Image:
     try:
-        if not isinstance(encoded, bytes) and os.path.getsize(encoded) == 0:
-            raise ValueError("the file is empty")
+        if (len(encoded) if isinstance(encoded, bytes) else os.path.getsize(encoded)) == 0:
+            raise ValueError("it is empty, 0 bytes")
         return Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
     except Exception as error:  # broken headers too
         raise BadImage(describe(error)) from error

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffkit.data.images import EXTENSIONS
 from diffkit.data.metadata import Row, read_table
 from diffkit.errors import UserError
 
-__all__ = ["Entry", "Layout", "Problem", "read_layout"]
+__all__ = ["TABLES", "Entry", "Layout", "Problem", "list_files", "read_layout"]
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _NOT_CAPTIONS = {"readme", "license", "licence", "notice", "copying"}
@@ -81,7 +81,7 @@ def read_layout(
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {what}. Give a folder of pictures.")
-    names = _list_files(root)
+    names = list_files(root)
     tables = [root / name for name in TABLES if name in names]
     if len(tables) > 1:
         found = ", ".join(table.name for table in tables)
@@ -96,7 +96,7 @@ def read_layout(
     return _from_files(root, names)
 
 
-def _list_files(root: Path) -> list[str]:
+def list_files(root: Path) -> list[str]:
     """Names below `root`, sorted, links followed, hidden ones left out."""
     names: list[str] = []
     seen: set[str] = set()
@@ -201,6 +201,9 @@ def _from_table(
             layout.faults.append(Problem(place, kind, fault))
         else:
             _add(layout, entry, f'column "{caption_column}" of {table.name}')
+    labels = [entry.label for entry in layout.entries]
+    if all(isinstance(label, str) and label.isdecimal() for label in labels):  # CSV knows only text
+        layout.entries = [replace(entry, label=int(entry.label or 0)) for entry in layout.entries]
     listed = {entry.name for entry in layout.entries}
     layout.remarks += [
         Problem(name, "unlisted image", f"is not listed in {table.name}, so it is not used")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,8 @@ from diffkit.data.batch import Batch
 from diffkit.data.buckets import assign_buckets, plan_buckets
 from diffkit.data.cache import EmbeddingCache, LatentCache
 from diffkit.data.images import BadImage
-from diffkit.data.records import ImageSource, Sample, Size
+from diffkit.data.prefetch import prefetch
+from diffkit.data.records import Encoded, ImageSource, Sample, Size
 from diffkit.data.sampler import BatchSampler, share
 from diffkit.data.scan import scan
 from diffkit.data.transforms import Crop, Transform, View, render, to_float
@@ -114,7 +114,7 @@ class TrainingData:
         """
         pairs = self.sampler.batch(step)
         rows = share(self.sampler.batch_size, rank, world, micro, accumulation)
-        return assemble(self.seed, [self.load(*pair) for pair in pairs[rows]], self._classes)
+        return self._join([self.load(*pair) for pair in pairs[rows]])
 
     def batches(
         self,
@@ -128,27 +128,21 @@ class TrainingData:
     ) -> Iterator[Batch]:
         """`batch` for every step in [first_step, last_step), the micro-batches of each in order.
 
-        `workers` threads prepare samples, `ahead` micro-batches before they are asked for. An error
-        is raised in the place of the batch that it belongs to; closing the iterator ends the
-        threads.
+        `workers` threads prepare samples, up to `ahead` micro-batches before they are asked for;
+        see `prefetch` for errors and the end of the threads.
         """
-        with ThreadPoolExecutor(workers) as samples, ThreadPoolExecutor(1) as joiner:
-            queue: deque[Future[Batch]] = deque()
-            try:
-                for step in range(first_step, last_step):
-                    pairs = self.sampler.batch(step)
-                    for micro in range(accumulation):
-                        rows = share(self.sampler.batch_size, rank, world, micro, accumulation)
-                        parts = [samples.submit(self.load, *pair) for pair in pairs[rows]]
-                        # A thread of its own joins: it waits for samples, they never for it.
-                        queue.append(joiner.submit(self._join, parts))
-                        if len(queue) > ahead:
-                            yield queue.popleft().result()
-                while queue:
-                    yield queue.popleft().result()
-            finally:
-                samples.shutdown(wait=False, cancel_futures=True)
-                joiner.shutdown(wait=False, cancel_futures=True)
+        plans = (
+            self.sampler.batch(step)[
+                share(self.sampler.batch_size, rank, world, micro, accumulation)
+            ]
+            for step in range(first_step, last_step)
+            for micro in range(accumulation)
+        )
+
+        def start(pairs: list[tuple[int, int]], pool: Executor) -> list[Future[Loaded]]:
+            return [pool.submit(self.load, *pair) for pair in pairs]
+
+        return prefetch(plans, start, self._join, workers=workers, ahead=ahead)
 
     def load(self, position: int, epoch: int) -> Loaded:
         """One sample: the picture at `position` of `kept` as it is seen in `epoch`."""
@@ -158,17 +152,13 @@ class TrainingData:
         caption = draw_caption(sample, self.seed, epoch)
         embedding = None if self.embeddings is None else self._embedding(self.embeddings, caption)
         if self.latents is None:
-            pixels = read_pixels(self.source, sample, view)
+            pixels = read_pixels(self.source.encoded(sample.index), sample, view)
             return Loaded(sample, epoch, view, caption, pixels, None, embedding)
         moments = self._moments(self.latents, sample, view)
         return Loaded(sample, epoch, view, caption, None, moments, embedding)
 
-    @property
-    def _classes(self) -> bool:
-        return bool(self.source.class_names)
-
-    def _join(self, parts: Sequence[Future[Loaded]]) -> Batch:
-        return assemble(self.seed, [part.result() for part in parts], self._classes)
+    def _join(self, loaded: Sequence[Loaded]) -> Batch:
+        return assemble(self.seed, loaded)
 
     def _moments(self, cache: LatentCache, sample: Sample, view: View) -> Tensor:
         entry = cache.read(cache.key(self.source.identity(sample.index), view))
@@ -199,10 +189,10 @@ def draw_caption(sample: Sample, seed: int, epoch: int) -> str:
     return sample.captions[int(choice)]
 
 
-def read_pixels(source: ImageSource, sample: Sample, view: View) -> NDArray[np.uint8]:
+def read_pixels(encoded: Encoded, sample: Sample, view: View) -> NDArray[np.uint8]:
     """The pixels of a view, (H, W, 3). Raises `RunFailed` naming a picture that is broken."""
     try:
-        return render(source.encoded(sample.index), view)
+        return render(encoded, view)
     except BadImage as error:
         raise RunFailed(
             f"{sample.name}: cannot be decoded ({error}). Replace or remove it; "
@@ -210,11 +200,12 @@ def read_pixels(source: ImageSource, sample: Sample, view: View) -> NDArray[np.u
         ) from error
 
 
-def assemble(seed: int, loaded: Sequence[Loaded], classes: bool) -> Batch:
-    """Stack samples of one target size into a batch; `classes` tells whether they have labels."""
+def assemble(seed: int, loaded: Sequence[Loaded]) -> Batch:
+    """Stack samples of one target size, all of them with labels or none, into a batch."""
     samples = [item.sample for item in loaded]
     pixels = [item.pixels for item in loaded if item.pixels is not None]
     moments = [item.moments for item in loaded if item.moments is not None]
+    labels = [sample.label for sample in samples if sample.label is not None]
     rows = [item.embedding for item in loaded if item.embedding is not None]
     return Batch(
         keys=SampleKeys(
@@ -224,7 +215,7 @@ def assemble(seed: int, loaded: Sequence[Loaded], classes: bool) -> Batch:
         moments=torch.stack(moments) if moments else None,
         captions=[item.caption for item in loaded],
         conditioning=_stack_rows(rows) if rows else None,
-        labels=torch.tensor([sample.label for sample in samples]) if classes else None,
+        labels=torch.tensor(labels) if labels else None,
         sizes=[Sizes(item.view.original, item.view.corner, item.view.target) for item in loaded],
         names=[sample.name for sample in samples],
         extras=[sample.extras for sample in samples],

@@ -1,0 +1,101 @@
+"""Which columns of a `datasets` table hold the pictures, the captions and the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffkit.data.records import Encoded
+from diffkit.errors import UserError
+
+__all__ = ["Columns", "captions_of", "encoded_of", "find_columns", "label_of"]
+
+_CAPTIONS = ("text", "txt", "caption", "prompt")
+_LABELS = ("label", "cls")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns; without captions or labels None. `class_names` may be unknown: ()."""
+
+    image: str
+    caption: str | None
+    label: str | None
+    class_names: tuple[str, ...]
+
+
+def find_columns(
+    features: Mapping[str, Any],
+    place: str,
+    image: str | None = None,
+    caption: str | None = None,
+    label: str | None = None,
+) -> Columns:
+    """The columns of a table with these `datasets` features; given names are taken as they are.
+
+    Otherwise the picture column is the only one of type image, or the one named "image"; captions
+    are in the first of "text", "txt", "caption", "prompt" that holds texts, labels in the first of
+    "label", "cls" that holds whole numbers. Raises `UserError` naming `place` and its columns when
+    one cannot be found.
+    """
+    for name in (image, caption, label):
+        if name is not None and name not in features:
+            raise UserError(f'{place}: has no column "{name}". Its columns: {", ".join(features)}.')
+    if image is None:
+        pictures = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
+        if len(pictures) != 1:
+            if "image" not in features:
+                raise UserError(
+                    f"{place}: {len(pictures)} columns hold images; name the one to use. "
+                    f"Its columns: {', '.join(features)}."
+                )
+            pictures = ["image"]
+        image = pictures[0]
+    if label is not None and not _is_number(features[label]):
+        raise UserError(
+            f'{place}: labels are class numbers, and "{label}" holds {features[label]}.'
+        )
+    caption = caption or _first(_CAPTIONS, features, _is_text)
+    label = label or _first(_LABELS, features, _is_number)
+    names = tuple(getattr(features[label], "names", ())) if label else ()
+    return Columns(image, caption, label, names)
+
+
+def _first(
+    names: Sequence[str], features: Mapping[str, Any], fits: Callable[[Any], bool]
+) -> str | None:
+    return next((name for name in names if name in features and fits(features[name])), None)
+
+
+def _is_text(feature: Any) -> bool:
+    kind = getattr(feature, "feature", feature)  # of a list, what it holds
+    return getattr(kind, "dtype", "") in ("string", "large_string")
+
+
+def _is_number(feature: Any) -> bool:
+    return "int" in str(getattr(feature, "dtype", ""))
+
+
+def encoded_of(value: Any) -> Encoded:
+    """The bytes or the file of one undecoded picture cell; no bytes for an empty one."""
+    if value and value.get("bytes"):
+        return bytes(value["bytes"])
+    return Path(value["path"]) if value and value.get("path") else b""
+
+
+def captions_of(value: object, place: str) -> tuple[str, ...]:
+    """The captions of one cell: a text, a list of texts, or nothing."""
+    texts = value if isinstance(value, list) else [value or ""]
+    kept = [text.strip() for text in texts if isinstance(text, str)]
+    if len(kept) < len(texts):
+        raise UserError(f"{place}: a caption must be a text or a list of texts, not {value!r}.")
+    return tuple(text for text in kept if text)
+
+
+def label_of(value: object, place: str) -> int | None:
+    """The class number of one cell."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise UserError(f"{place}: a label must be a class number, 0 or more, not {value!r}.")
