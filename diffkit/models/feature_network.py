@@ -212,4 +212,6 @@ def load_strictly(module: nn.Module, path: Path) -> None:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: does not hold the weights its config asks for: {error}") from error
+        raise UserError(
+            f"{path}: does not hold the weights its config asks for: {error}"
+        ) from error

@@ -123,21 +123,41 @@ class TextImageScorer(nn.Module):
         missing or does not fit.
         """
         path = Path(folder)
+        values = read_config(path, TextImageScorerConfig)
         config = TextImageScorerConfig(
-            **{
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in read_config(path, TextImageScorerConfig).items()
-            }
+            widths=tuple(values["widths"]),
+            depths=tuple(values["depths"]),
+            embedding_size=values["embedding_size"],
         )
-        try:
-            text_encoder = CLIPTextModel.from_pretrained(
-                path / "text_encoder", dtype=torch.float32, local_files_only=True
-            )
-            tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: the folders text_encoder and tokenizer cannot be read: {error}"
-            ) from error
+        text_encoder, tokenizer = _load_text_tower(path)
         scorer = cls(config, text_encoder, tokenizer)
         load_strictly(scorer.tower, path / "model.safetensors")
         return scorer.eval()
+
+
+def _load_text_tower(path: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """Read `text_encoder/` and `tokenizer/`, and check what transformers lets pass.
+
+    It would fill missing weights at random and make an empty tokenizer where files are absent.
+    """
+    try:
+        text_encoder, report = CLIPTextModel.from_pretrained(
+            path / "text_encoder",
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: the folders text_encoder and tokenizer cannot be read: {error}"
+        ) from error
+    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    if wrong:
+        raise UserError(f"{path / 'text_encoder'}: weights missing or unknown: {', '.join(wrong)}.")
+    if len(tokenizer) != text_encoder.config.vocab_size:
+        raise UserError(
+            f"{path / 'tokenizer'}: has {len(tokenizer)} tokens, "
+            f"the text encoder knows {text_encoder.config.vocab_size}; a file may be missing."
+        )
+    return text_encoder, tokenizer
