@@ -34,7 +34,9 @@ __all__ = [
     "measure",
     "median_interval",
     "peak_memory",
+    "ratio",
     "save",
+    "turns",
 ]
 
 RESAMPLES = 10_000
@@ -89,21 +91,35 @@ def measure(
     `clock` returns seconds; the default waits for a CUDA device before it looks at the time.
     """
     now = clock or synchronized_time
+    calls = (candidate, baseline)
     for _ in range(warmup):
         candidate()
         baseline()
-    order = random.Random(seed)
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(pairs):
-        turns = [(0, candidate), (1, baseline)]
-        order.shuffle(turns)
-        for which, call in turns:
+    for pair in turns(pairs, seed):
+        for which in pair:
             start = now()
-            call()
+            calls[which]()
             seconds[which].append(now() - start)
-    ratios = tuple(slow / fast for fast, slow in zip(*seconds, strict=True))
-    median, low, high = median_interval(ratios, seed)
-    return Ratio(*names, median, low, high, ratios, tuple(seconds[0]), tuple(seconds[1]))
+    return ratio(*seconds, names=names, seed=seed)
+
+
+def turns(pairs: int, seed: int = 0) -> list[tuple[int, int]]:
+    """The order inside each pair, (0, 1) or (1, 0); 0 is the candidate."""
+    order = random.Random(seed)
+    return [(0, 1) if order.random() < 0.5 else (1, 0) for _ in range(pairs)]
+
+
+def ratio(
+    candidate: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    names: tuple[str, str] = ("candidate", "baseline"),
+    seed: int = 0,
+) -> Ratio:
+    """The result of paired seconds, for those who cannot hand both sides over as callables."""
+    ratios = tuple(slow / fast for fast, slow in zip(candidate, baseline, strict=True))
+    return Ratio(*names, *median_interval(ratios, seed), ratios, tuple(candidate), tuple(baseline))
 
 
 def synchronized_time() -> float:

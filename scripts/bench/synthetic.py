@@ -149,6 +149,6 @@ def random_pictures(folder: Path, count: int, edge: int, seed: int = 0) -> Path:
     for i in range(count):
         pixels = draw.integers(0, 256, (edge, edge, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:05}.png")
-        row = {"file_name": f"{i:05}.png", "text": f"picture of noise, number {i}"}
+        row = {"file_name": f"{i:05}.png", "text": f"noise {i}"}
         append_jsonl(folder / "metadata.jsonl", row)
     return folder
