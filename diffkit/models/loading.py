@@ -94,15 +94,27 @@ def load_pipeline(
     return _from_hub(name, dtype, variant, revision)
 
 
-def _from_folder(path: Path, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
+def read_index(path: Path) -> dict[str, Any]:
+    """The model_index.json of a diffusers folder of a known family, without any pickled weights.
+
+    Raises `UserError` saying what the folder is instead.
+    """
     index = path / "model_index.json"
     if not index.is_file():
         raise UserError(f"{path}: is not a diffusers model folder. {_what_is(path)}")
     refuse_pickles(path)
     try:
-        class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError) as error:
+        values: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        family_of(values["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{index}: is not a diffusers model index ({error}).") from error
+    return values
+
+
+def _from_folder(path: Path, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
+    class_name = read_index(path)["_class_name"]
     cls = family_of(class_name).pipeline_class("text2image")
     options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
     try:

@@ -41,7 +41,7 @@ def recipes(folder: Path, **values: object) -> list[Recipe]:
 
 
 def spread(folder: Path, made: list[Recipe]) -> float:
-    """Largest difference between a batch of three and the same pictures alone (the first and the last)."""
+    """Largest difference between a batch of three and its ends made alone."""
     model = load(folder)
     together = torch.stack([torch.as_tensor(x) for x in render(model, made, "pt")])
     alone = [torch.as_tensor(render(model, made[i : i + 1], "pt")[0]) for i in (0, 2)]

@@ -1,0 +1,73 @@
+"""A model without its weights: the same classes on torch's meta device, built from the configs.
+
+Counting needs shapes only, so that a model of any size is counted in no memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffkit.errors import UserError
+from diffkit.models.families import family_of
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.loading import read_index, resolve
+
+__all__ = ["skeleton"]
+
+
+def skeleton(source: str) -> LatentDiffusion:
+    """`source` as `LatentDiffusion.load` takes it, every network on the meta device.
+
+    A folder is read without its weights and a hub id is fetched without them; a single
+    `.safetensors` file carries no config and is loaded whole first.
+
+    Raises:
+        UserError: as `LatentDiffusion.load`.
+    """
+    path = Path(resolve(source)).expanduser()
+    if path.is_dir():
+        return _from_folder(path, source)
+    if path.is_file() or source.count("/") != 1:
+        return LatentDiffusion.load(source).to("meta")
+    return _from_folder(_fetch_configs(source), source)
+
+
+def _from_folder(path: Path, source: str) -> LatentDiffusion:
+    index = read_index(path)
+    cls = family_of(index["_class_name"]).pipeline_class("text2image")
+    parts: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for name, value in index.items():
+        if isinstance(value, list):
+            try:
+                parts[name] = None if value[0] is None else _component(path / name, *value)
+            except (OSError, ValueError, AttributeError, ImportError) as error:
+                raise UserError(f"{path / name}: cannot be read as {value[1]}: {error}") from error
+        elif not name.startswith("_"):
+            settings[name] = value
+    return LatentDiffusion(cls(**parts, **settings), source)
+
+
+def _component(folder: Path, library: str, class_name: str) -> Any:
+    cls = getattr(importlib.import_module(library), class_name)
+    if not issubclass(cls, torch.nn.Module):
+        return cls.from_pretrained(folder)
+    with torch.device("meta"):
+        if library == "diffusers":
+            return cls.from_config(cls.load_config(folder)).eval()
+        return cls(cls.config_class.from_pretrained(folder)).eval()
+
+
+def _fetch_configs(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: neither a path nor on the hub ({first})") from error
