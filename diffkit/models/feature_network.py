@@ -84,8 +84,11 @@ class ImageTrunk(nn.Module):
         if x.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             size = (IMAGE_SIZE, IMAGE_SIZE)
             x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-        x = self.blocks(torch.relu(self.norm(self.stem(x))))
-        return x.mean((2, 3))
+        return self.at_resolution(x)
+
+    def at_resolution(self, x: Tensor) -> Tensor:
+        """The same map without the resizing; training begins with smaller, cheaper pictures."""
+        return self.blocks(torch.relu(self.norm(self.stem(x)))).mean((2, 3))
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from captions import heldout_pairs, read_concepts
-from common import BACKGROUNDS, STYLES, read_json
+from common import BACKGROUNDS, SIZE, STYLES, read_json
 from torch import Tensor, nn
 
 from diffkit.files import write_json
 from diffkit.models.feature_network import FeatureNetwork, FeatureNetworkConfig
 
 SHIPPED_WEIGHT = 4
+SMALL_SHARE = 0.55
+"""Share of the time that is spent on pictures of half the size, at four times the speed."""
 SAVE_EVERY_SECONDS = 60.0
 PALETTE = torch.tensor(list(BACKGROUNDS.values())) / 255
 COLOURS = tuple(BACKGROUNDS)
@@ -156,16 +158,28 @@ def backgrounds(count: int, generator: torch.Generator) -> Tensor:
 
 
 def train_step(
-    network: FeatureNetwork, pictures: Pictures, weights: Tensor, batch: int, g: torch.Generator
+    network: FeatureNetwork,
+    pictures: Pictures,
+    weights: Tensor,
+    shape: tuple[int, int],
+    g: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of concept (smoothed) and style on one random batch, and the accuracy."""
-    pairs = torch.multinomial(weights, batch, replacement=True, generator=g)
-    images = pictures.draw(pairs, backgrounds(batch, g), STRONG, g)
+    """Cross-entropy of concept (smoothed) and style on one random batch, and the accuracy.
+
+    Arguments:
+        shape: number of pictures, and the edge they are shrunk to.
+    """
+    count, edge = shape
+    pairs = torch.multinomial(weights, count, replacement=True, generator=g)
+    images = pictures.draw(pairs, backgrounds(count, g), STRONG, g)
+    if edge < SIZE:
+        images = F.interpolate(images, edge, mode="bilinear", antialias=True)
     concept, style = pairs // len(STYLES), pairs % len(STYLES)
-    logits = network.classify(images.contiguous(memory_format=torch.channels_last))
-    loss = F.cross_entropy(logits["concept"], concept, label_smoothing=0.1)
-    loss = loss + 0.3 * F.cross_entropy(logits["style"], style)
-    return loss, (logits["concept"].argmax(-1) == concept).float().mean()
+    features = network.trunk.at_resolution(images.contiguous(memory_format=torch.channels_last))
+    logits = network.concept_head(features)
+    loss = F.cross_entropy(logits, concept, label_smoothing=0.1)
+    loss = loss + 0.3 * F.cross_entropy(network.style_head(features), style)
+    return loss, (logits.argmax(-1) == concept).float().mean()
 
 
 def share(right: Tensor) -> float:
@@ -299,7 +313,8 @@ def main() -> None:
     weights, budget = pictures.weights(), Budget(args.minutes)
 
     def step(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return train_step(network, pictures, weights, args.batch, generator)
+        edge = SIZE if budget.progress > SMALL_SHARE else SIZE // 2
+        return train_step(network, pictures, weights, (args.batch, edge), generator)
 
     state = args.output.with_name(args.output.name + "-state") / "state.pt"
     train(network, step, budget, state, 3e-3, args.seed)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import BACKGROUNDS, STYLES
+from common import BACKGROUNDS, SIZE, STYLES
 from features import PALETTE, Augmentation, Budget, Pictures, arguments, share, train
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from diffkit.models.text_image_scorer import TextImageScorer, TextImageScorerCon
 
 VOCABULARY = 3000
 MAX_LENGTH = 32
+SMALL_SHARE = 0.75
+"""Share of the time that is spent on pictures of half the size, at four times the speed."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 COLOURS = tuple(BACKGROUNDS)
 GENTLE = Augmentation(0.3, 8.0, (0.85, 1.12), 0.08, 0.08, 0.3, 0.04)
@@ -218,15 +220,23 @@ def caption_batch(
 
 
 def picture_batch(
-    pictures: Pictures, weights: Tensor, count: int, g: torch.Generator
+    pictures: Pictures, weights: Tensor, shape: tuple[int, int], g: torch.Generator
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Augmented pictures, and the concept, style and colour (-1: unnamed) of each."""
+    """Augmented pictures, and the concept, style and colour (-1: unnamed) of each.
+
+    Arguments:
+        shape: number of pictures, and the edge they are shrunk to.
+    """
+    count, edge = shape
     pairs = weights.multinomial(count, replacement=True, generator=g)
     colour = torch.randint(len(PALETTE), (count,), generator=g)
     colour = colour.masked_fill(torch.rand(count, generator=g) < 0.1, -1)
     plain = torch.where(colour[:, None] < 0, torch.rand(count, 3, generator=g), PALETTE[colour])
     background = (plain + 0.02 * torch.randn(count, 3, generator=g)).clamp(0, 1)
     images = pictures.draw(pairs, background[..., None, None], GENTLE, g)
+    if edge < SIZE:
+        images = F.interpolate(images, edge, mode="bilinear", antialias=True)
+    images = images.contiguous(memory_format=torch.channels_last)
     return images, (pairs // len(STYLES), pairs % len(STYLES), colour)
 
 
@@ -235,14 +245,14 @@ def train_step(
     pictures: Pictures,
     writer: Writer,
     weights: Tensor,
-    batch: int,
+    shape: tuple[int, int],
     g: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Contrastive and attribute losses of one batch, and how often the best picture fits."""
     scorer, tower = players.scorer, players.scorer.tower
-    images, seen = picture_batch(pictures, weights, batch, g)
+    images, seen = picture_batch(pictures, weights, shape, g)
     said = caption_batch(writer, pictures.heldout, seen, g)
-    features = tower.trunk(images.contiguous(memory_format=torch.channels_last))
+    features = tower.trunk.at_resolution(images)
     pooled, states = text_states(scorer, said.texts, g)
     text = F.normalize(tower.text_projection(pooled), dim=-1)
     image = F.normalize(tower.image_projection(features), dim=-1)
@@ -255,8 +265,8 @@ def train_step(
     loss = loss + 0.5 * named_losses(players.image_heads, features, *seen)
     named = (said.concept, said.style, said.colour)
     for x in (pooled, states):
-        loss = loss + 0.25 * named_losses(players.text_heads, x, *named)
-    right = positive[:batch].gather(1, similarity[:batch].argmax(-1, keepdim=True))
+        loss = loss + 0.5 * named_losses(players.text_heads, x, *named)
+    right = positive[: len(images)].gather(1, similarity[: len(images)].argmax(-1, keepdim=True))
     return loss, right.float().mean()
 
 
@@ -342,7 +352,8 @@ def main() -> None:
     weights, budget = pictures.weights(), Budget(args.minutes)
 
     def step(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return train_step(players, pictures, writer, weights, args.batch, generator)
+        edge = SIZE if budget.progress > SMALL_SHARE else SIZE // 2
+        return train_step(players, pictures, writer, weights, (args.batch, edge), generator)
 
     state = args.output.with_name(args.output.name + "-state") / "state.pt"
     train(players, step, budget, state, 2e-3, args.seed)
