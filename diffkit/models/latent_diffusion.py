@@ -154,9 +154,15 @@ class LatentDiffusion:
         """Write a plain diffusers folder that `DiffusionPipeline.from_pretrained` loads.
 
         Raises:
-            UserError: the folder exists and `overwrite` is false, or cannot be written.
+            UserError: the folder exists and `overwrite` is false, or cannot be written; or the
+                model carries LoRA adapters, with which plain diffusers could not load it.
             RunFailed: the disk is full; an older folder stays whole.
         """
+        if any(getattr(network, "peft_config", None) for network in self.networks.values()):
+            raise UserError(
+                f"{folder}: this model carries LoRA adapters; write them with save_lora, or merge "
+                "them into the model with merge_lora first"
+            )
         self._restore_encoders()
         with atomic_directory(folder, overwrite=overwrite) as place, quiet_libraries():
             self._pipeline.save_pretrained(place, safe_serialization=True)

@@ -80,7 +80,7 @@ def add_lora(
     layers = {}
     for path, module in plain_modules(network).items():
         if any(path == ending or path.endswith(f".{ending}") for ending in endings):
-            layers[path] = new_layer(module, rank, alpha or rank, seed, path)
+            layers[path] = new_layer(module, rank, rank if alpha is None else alpha, seed, path)
     if not layers:
         raise UserError(f"LoRA targets {list(endings)}: no layer of the {component} ends so")
     before = active_adapters(model)

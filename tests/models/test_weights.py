@@ -65,7 +65,9 @@ def test_pickles_are_refused_unopened(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(pickle.dumps(Bomb()))
     for refuse in (refuse_pickles, load_safetensors, read_header):
-        with pytest.raises(UserError, match=rf"model\{suffix}: the weights are a pickle.*Convert it once"):
+        with pytest.raises(
+            UserError, match=rf"model\{suffix}: the weights are a pickle.*Convert it once"
+        ):
             refuse(path)
 
 
