@@ -1,0 +1,101 @@
+"""What the trainer asks of a method: players, phases, addressed draws, one loss a sample.
+
+An objective never calls `backward`, never sees an optimizer and never reduces a loss: the trainer
+does, over the whole global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffkit.randomness import SampleKeys
+
+__all__ = ["HasKeys", "Objective", "Phase", "reduce_loss"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of optimizer step.
+
+    At training step s = 0, 1, 2, ... the phases run in the order in which the objective lists
+    them: a phase runs when `s % every == 0`, and then makes `repeats` optimizer steps of its
+    player, each with its own draws for the same samples.
+    """
+
+    name: str
+    player: str
+    every: int = 1
+    repeats: int = 1
+
+
+class HasKeys(Protocol):
+    """The least a batch has: the address of each of its samples."""
+
+    @property
+    def keys(self) -> SampleKeys:
+        """(seed, epoch, index) of each sample."""
+        ...
+
+
+class Objective(Protocol):
+    """A training method. Its networks in training are the players; all others stay frozen.
+
+    A player is an `nn.Module` whose `forward(phase, draws, shared)` returns a dictionary of
+    tensors of shape (B,) in float32:
+
+    - `"loss"` is minimised: the trainer takes its mean over the global batch;
+    - `"time"`, if there, is the place of each sample on the noise schedule in [0, 1]: the trainer
+      logs the loss in ten bins of it;
+    - the mean of every other entry is logged.
+
+    Only parameters with `requires_grad` are trained, averaged and kept in checkpoints. A player
+    that uses another one in its loss must not register it as a submodule.
+    """
+
+    def players(self) -> Mapping[str, nn.Module]:
+        """The trained networks by name; the same modules on every call."""
+        ...
+
+    def phases(self) -> Sequence[Phase]:
+        """The optimizer steps of one training step, in order."""
+        ...
+
+    def averaged(self) -> Sequence[str]:
+        """Names of the players whose moving average is kept when EMA is on."""
+        ...
+
+    def place(self, device: torch.device) -> None:
+        """Move what draws and frozen networks need to `device`."""
+        ...
+
+    def draw(self, batch: Any, repeat: int) -> Any:
+        """All the randomness of one micro-batch, by address; repeat 0, 1, ... differ."""
+        ...
+
+    def shared(self, draws: Any) -> Any:
+        """What frozen networks say about the draws: no gradient, autocast, once for all phases."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the result. The players hold the weights to be saved, whole and not sharded."""
+        ...
+
+
+def reduce_loss(loss: Tensor, global_count: int, processes: int = 1) -> Tensor:
+    """The share of a micro-batch in the mean loss of the global batch: sum(loss) P / N.
+
+    Data-parallel training averages gradients over the P processes, so the gradients of these
+    shares add up to the gradient of the mean over all N samples, however the samples are split.
+
+    Arguments:
+        loss: one value a sample, shape (b,), of this process's micro-batch.
+        global_count: N, the samples of one optimizer step over all processes.
+        processes: P.
+    """
+    return loss.sum() * (processes / global_count)

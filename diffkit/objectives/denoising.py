@@ -1,0 +1,286 @@
+"""Denoising score matching, the plain training of a diffusion model.
+
+    z_t = alpha_t z_0 + sigma_t eps,    loss = w(t) mean((f(z_t, t, c) - y)^2)
+
+with the target y of the model's own parametrisation: eps, z_0, v = alpha_t eps - sigma_t z_0, or
+the velocity eps - z_0 of flow matching.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffkit.data.batch import Batch
+from diffkit.errors import UserError
+from diffkit.models.conditioner import Conditioning
+from diffkit.models.denoiser import Denoiser
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.schedule import Density, Parametrization
+from diffkit.objectives.base import Phase
+
+__all__ = [
+    "DenoisingConfig",
+    "DenoisingObjective",
+    "DenoisingPlayer",
+    "Draws",
+    "denoising_loss",
+    "min_snr_weight",
+    "offset_noise",
+]
+
+
+# -- mathematics --------------------------------------------------------------------------------
+
+
+def denoising_loss(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """w mean((output - target)^2), one value a sample, in at least float32.
+
+    Arguments:
+        output, target: (B, ...).
+        weight: w, (B,); 1 without.
+    """
+    dtype = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
+    loss = (output.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
+    return loss if weight is None else loss * weight.to(loss)
+
+
+def min_snr_weight(snr: Tensor, gamma: float, parametrization: Parametrization) -> Tensor:
+    """Min-SNR-gamma weights of a loss in the given parametrisation (Hang et al. 2023, section 3.4).
+
+    The weight min(snr, gamma) of the loss on x_0, carried over to
+
+        x_0: min(snr, gamma),    eps: min(snr, gamma) / snr,    v: min(snr, gamma) / (snr + 1).
+
+    Arguments:
+        snr: alpha_t^2 / sigma_t^2, any shape; 0 (pure noise) gives eps the limit 1 and v 0.
+        gamma: the cut-off, above 0; 5 in the paper.
+
+    Raises `UserError` for the velocity of flow matching, for which the paper gives no weight.
+    """
+    if parametrization == "sample":
+        return snr.clamp_max(gamma)
+    if parametrization == "epsilon":
+        return (gamma / snr).clamp_max(1.0)
+    if parametrization == "v_prediction":
+        return snr.clamp_max(gamma) / (snr + 1)
+    raise UserError(
+        "min_snr: is defined for eps-, x0- and v-prediction, and this is a flow model; leave it "
+        "out, or choose --denoising.density logit_normal."
+    )
+
+
+def offset_noise(eps: Tensor, offsets: Tensor, strength: float) -> Tensor:
+    """eps + strength x offsets: noise whose mean over each channel varies (Guttenberg 2023).
+
+    Arguments:
+        eps: standard normal noise (B, C, h, w).
+        offsets: standard normal draws (B, C, 1, 1).
+    """
+    return eps + strength * offsets
+
+
+# -- objective ----------------------------------------------------------------------------------
+
+
+@dataclass
+class DenoisingConfig:
+    """Loss weights, noise and condition dropout of denoising training."""
+
+    min_snr: float | None = None
+    """Gamma of min-SNR weighting (5 in the paper); uniform weights without it."""
+    offset_noise: float = 0.0
+    """Standard deviation of an offset added to each channel's noise."""
+    condition_dropout: float = 0.1
+    """Probability with which a caption is replaced by the empty one, for guidance."""
+    density: Density = "uniform"
+    """Density of training times; logit_normal is for flow models (Stable Diffusion 3)."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal density."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit-normal density."""
+
+    def check(self) -> None:
+        """Raise `UserError` for impossible values."""
+        if self.min_snr is not None and not self.min_snr > 0:
+            raise UserError(f"denoising.min_snr: {self.min_snr} must be above 0.")
+        if not 0 <= self.condition_dropout <= 1:
+            raise UserError(
+                f"denoising.condition_dropout: {self.condition_dropout} is not in [0, 1]."
+            )
+        if self.offset_noise < 0:
+            raise UserError(f"denoising.offset_noise: {self.offset_noise} must not be negative.")
+        if self.density == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise UserError(
+                "denoising.logit_mean, logit_std: need --denoising.density logit_normal."
+            )
+        if not self.logit_std > 0:
+            raise UserError(f"denoising.logit_std: {self.logit_std} must be above 0.")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One micro-batch on the device, with all its randomness.
+
+    Attributes:
+        batch: images or moments, captions or conditioning.
+        posterior: (B, C, h, w) standard normal noise of the latents' own posterior.
+        eps: (B, C, h, w) the noise to be added.
+        t: (B,) training times in the model's units.
+        drop: (B,) true where the caption is dropped.
+    """
+
+    batch: Batch
+    posterior: Tensor
+    eps: Tensor
+    t: Tensor
+    drop: Tensor
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the frozen codec and text encoder make of the draws: z_0 (B, C, h, w) and c."""
+
+    z0: Tensor
+    cond: Conditioning
+
+
+class DenoisingPlayer(nn.Module):
+    """The denoiser with its loss: forward(phase, draws, shared) -> {"loss", "time"}, each (B,)."""
+
+    def __init__(self, denoiser: Denoiser, min_snr: float | None) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.min_snr = min_snr
+
+    def forward(self, phase: str, draws: Draws, shared: Shared) -> dict[str, Tensor]:
+        """The weighted denoising loss of each sample, and its place on the noise schedule."""
+        schedule = self.denoiser.schedule
+        z_t = schedule.add_noise(shared.z0, draws.eps, draws.t)
+        output = self.denoiser(z_t, draws.t, shared.cond)
+        target = schedule.target(shared.z0, draws.eps, draws.t)
+        weight = None
+        if self.min_snr is not None:
+            snr = schedule.snr(draws.t)
+            weight = min_snr_weight(snr, self.min_snr, schedule.prediction_type)
+        loss = denoising_loss(output, target, weight)
+        return {"loss": loss, "time": draws.t / schedule.num_train_timesteps}
+
+
+@contextlib.contextmanager
+def _without_float16(device: str) -> Iterator[None]:
+    """Switch float16 autocast off: the activations of some VAEs (SDXL) overflow in it."""
+    half = torch.is_autocast_enabled(device) and (torch.get_autocast_dtype(device) == torch.float16)
+    with torch.autocast(device, enabled=False) if half else contextlib.nullcontext():
+        yield
+
+
+class DenoisingObjective:
+    """Denoising training of all weights, or of the LoRA that the model carries.
+
+    Arguments:
+        model: what to train; parameters of its denoiser with `requires_grad` are trained.
+        config: see `DenoisingConfig`.
+        lora: name of the LoRA that is trained, None when all weights are.
+
+    Raises `UserError` for a config that this model cannot be trained with.
+    """
+
+    def __init__(
+        self, model: LatentDiffusion, config: DenoisingConfig, lora: str | None = None
+    ) -> None:
+        config.check()
+        self.model = model
+        self.config = config
+        self.lora = lora
+        schedule = model.schedule
+        if config.min_snr is not None:
+            min_snr_weight(torch.ones(1), config.min_snr, schedule.prediction_type)
+        schedule.train_timesteps(torch.zeros(1), config.density)
+        self._player = DenoisingPlayer(model.denoiser, config.min_snr)
+        self._device = torch.device("cpu")
+        self._null: Conditioning | None = None
+
+    def players(self) -> Mapping[str, nn.Module]:
+        """One: the denoiser."""
+        return {"denoiser": self._player}
+
+    def phases(self) -> Sequence[Phase]:
+        """One step of the denoiser."""
+        return (Phase("denoising", "denoiser"),)
+
+    def averaged(self) -> Sequence[str]:
+        """The denoiser."""
+        return ("denoiser",)
+
+    def place(self, device: torch.device) -> None:
+        """Make the null conditioning there; codec and encoders follow when they are needed."""
+        self._device = device
+        # Sizes are told even to a model without a prompt, so these are never used.
+        self._null = self.model.conditioner.null(1, sizes=(64, 64)).to(device)
+
+    def draw(self, batch: Batch, repeat: int) -> Draws:
+        """Noise, times and dropped captions of a micro-batch, by address."""
+        config, keys = self.config, batch.keys
+        again = f"/{repeat}" if repeat else ""
+        shape = self._latent_shape(batch)
+        eps = keys.normal(shape, f"noise{again}")
+        if config.offset_noise:
+            offsets = keys.normal((shape[0], 1, 1), f"offset{again}")
+            eps = offset_noise(eps, offsets, config.offset_noise)
+        u = keys.uniform(f"timestep{again}")
+        t = self.model.schedule.train_timesteps(
+            u, config.density, config.logit_mean, config.logit_std
+        )
+        drop = keys.uniform(f"drop{again}") < config.condition_dropout
+        posterior = keys.normal(shape, f"posterior{again}")
+        device = self._device
+        return Draws(
+            batch.to(device), *(x.to(device, non_blocking=True) for x in (posterior, eps, t, drop))
+        )
+
+    def _latent_shape(self, batch: Batch) -> tuple[int, int, int]:
+        if batch.moments is not None:
+            channels, height, width = batch.moments.shape[1:]
+            return channels // 2, height, width
+        assert batch.images is not None
+        return self.model.codec.latent_shape(*batch.images.shape[-2:])
+
+    def shared(self, draws: Draws) -> Shared:
+        """Latents and conditioning, from the caches where the batch has them."""
+        batch, codec = draws.batch, self.model.codec
+        moments = batch.moments
+        if moments is None:
+            assert batch.images is not None
+            if codec.device != self._device:
+                codec.to(self._device)
+            with _without_float16(self._device.type):
+                moments = codec.encode_moments(batch.images)
+        z0 = codec.sample(moments, draws.posterior)
+        return Shared(z0, self._condition(batch, draws.drop))
+
+    def _condition(self, batch: Batch, drop: Tensor) -> Conditioning:
+        conditioner = self.model.conditioner
+        cond = batch.conditioning
+        if cond is None:
+            for encoder in conditioner.encoders.values():
+                encoder.to(self._device)
+            cond = conditioner.encode(batch.captions, batch.sizes)
+        else:
+            cond = conditioner.with_sizes(cond, batch.sizes)
+        assert self._null is not None
+        return cond.drop(drop, self._null)
+
+    def save(self, folder: Path) -> None:
+        """Write a plain diffusers folder, or the LoRA in diffusers' layout."""
+        if self.lora is None:
+            self.model.save(folder, overwrite=True)
+        else:
+            from diffkit.models.lora import save_lora
+
+            save_lora(self.model, folder, self.lora)

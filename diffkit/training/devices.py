@@ -1,0 +1,74 @@
+"""The accelerator of a run, or a clear word on why this machine cannot be one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from diffkit.errors import UserError
+from diffkit.training.config import TrainConfig
+
+__all__ = ["make_accelerator", "release_accelerator"]
+
+
+def _wants(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """An `accelerate.Accelerator` for this process, as `accelerate launch` set it up.
+
+    Raises `UserError` when the launch configuration asks for what this machine or diffkit cannot
+    do: FSDP without a GPU, FSDP 1, DeepSpeed, fp16 on a CPU.
+    """
+    from accelerate import Accelerator, DistributedType
+    from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
+
+    if _wants("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate is configured for DeepSpeed, whose checkpoints diffkit cannot resume; "
+            "use plain data parallelism or FSDP 2 (accelerate config)."
+        )
+    fsdp = _wants("ACCELERATE_USE_FSDP")
+    if fsdp and not torch.cuda.is_available():
+        raise UserError(
+            "accelerate is configured for FSDP, which needs CUDA GPUs; this machine shows none, so "
+            "choose plain data parallelism with accelerate config."
+        )
+    if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate is configured for FSDP 1; diffkit needs fsdp_version: 2.")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", config.mixed_precision):
+        raise UserError(
+            f"mixed_precision: accelerate was launched with {launched}, the run is configured for "
+            f"{config.mixed_precision}; add --mixed-precision {launched}."
+        )
+    if int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) > 1:
+        raise UserError("accumulation: leave it to --accumulation, not to accelerate launch.")
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        GradScalerKwargs(growth_interval=500),
+    ]
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=handlers,
+        step_scheduler_with_optimizer=False,
+    )
+    if fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError(
+            "FSDP was asked for, but this is not a launched process; accelerate launch."
+        )
+    if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
+        release_accelerator(accelerator)
+        raise UserError("mixed_precision: fp16 needs a CUDA GPU; on this machine use bf16 or no.")
+    return accelerator
+
+
+def release_accelerator(accelerator: Any) -> None:
+    """Forget the run's wrapped modules and settings, so that this process can start another."""
+    from accelerate.state import AcceleratorState
+
+    accelerator.free_memory()
+    AcceleratorState._reset_state()

@@ -1,0 +1,142 @@
+"""From a configuration to a finished run: model, data, caches, objective, trainer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffkit.console import say
+from diffkit.data.fill import cache_embeddings, cache_latents
+from diffkit.data.loader import TrainingData
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.objectives.base import Objective
+from diffkit.training.config import TrainConfig
+from diffkit.training.configfile import dump, to_plain
+from diffkit.training.data import open_source
+from diffkit.training.devices import make_accelerator, release_accelerator
+from diffkit.training.folder import RunFolder
+from diffkit.training.registry import method_of
+from diffkit.training.trackers import make_tracker
+from diffkit.training.trainer import Trainer
+from diffkit.training.validation import Validation
+
+__all__ = ["build_data", "build_model", "build_objective", "fill_caches", "train"]
+
+LORA_NAME = "default"
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(config: TrainConfig) -> int:
+    """Run or resume the training that `config` describes; returns the exit code.
+
+    Raises `UserError` before anything was written when the run cannot start, and `RunFailed` when
+    it breaks off.
+    """
+    config.check()
+    folder = RunFolder(config)
+    folder.check(config)
+    if not config.overwrite and folder.finished(config):
+        say(f"{folder.path}: finished already; the result is {folder.result}.")
+        return 0
+    accelerator = make_accelerator(config)
+    try:
+        config.check_processes(accelerator.num_processes)
+        return _train(config, folder, accelerator)
+    finally:
+        release_accelerator(accelerator)
+
+
+def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
+    main = accelerator.is_main_process
+    model = build_model(config)
+    data = build_data(config, model)
+    objective = build_objective(config, model)
+    if main:
+        folder.prepare(config, dump(config))
+    accelerator.wait_for_everyone()
+    fill_caches(config, folder, model, data, accelerator)
+    validate = None
+    if config.validation_prompts is not None:
+        validate = Validation(
+            model,
+            config.validation_prompts,
+            size=config.size or model.default_size,
+            seed=config.seed,
+            steps=config.validation_steps,
+            guidance_scale=config.validation_guidance,
+            folder=folder.samples if main else None,
+        )
+    name = config.tracker if main else "none"
+    tracker = partial(make_tracker, name, folder.path, config=to_plain(config))
+    trainer = Trainer(objective, data, config, accelerator, folder, tracker, validate)
+    return trainer.run()
+
+
+def build_model(config: TrainConfig) -> LatentDiffusion:
+    """Load the model with exactly the parameters trainable that the run trains.
+
+    A LoRA trains on frozen weights in the precision of the run; full training keeps float32.
+    """
+    model = LatentDiffusion.load(config.model, attention=config.attention)
+    network: Any
+    for network in model.networks.values():
+        network.requires_grad_(False)
+    if config.lora_rank is None:
+        model.denoiser.model.requires_grad_(True)
+    else:
+        from diffkit.models.lora import add_lora
+
+        model.denoiser.to(_DTYPES[config.mixed_precision])
+        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets, LORA_NAME)
+    model.denoiser.train()
+    if config.gradient_checkpointing:
+        network = model.denoiser.model
+        network.enable_gradient_checkpointing()
+    return model
+
+
+def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData:
+    """The batches of the run; raises `UserError` for data or a size that cannot be used."""
+    size = config.size or model.default_size
+    model.check_size(size, size)
+    return TrainingData(
+        open_source(config.data),
+        resolution=size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        multiple=model.size_multiple,
+        max_aspect=config.max_aspect,
+        crop=config.crop,
+        flip=config.flip,
+    )
+
+
+def build_objective(config: TrainConfig, model: LatentDiffusion) -> Objective:
+    """The method with its own configuration."""
+    lora = None if config.lora_rank is None else LORA_NAME
+    return method_of(config).build(model, config, lora)
+
+
+def fill_caches(
+    config: TrainConfig,
+    folder: RunFolder,
+    model: LatentDiffusion,
+    data: TrainingData,
+    accelerator: Any,
+) -> None:
+    """Encode what the run wants cached, each process its share, on the run's device."""
+    place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    if config.cache_latents:
+        model.codec.to(accelerator.device)
+        cache_latents(data, folder.cache, model.codec, **place)
+        model.codec.to("cpu")
+    if config.cache_embeddings:
+        encoders = model.conditioner.encoders.values()
+        for encoder in encoders:
+            encoder.to(accelerator.device)
+        cache_embeddings(data, folder.cache, model.conditioner, **place)
+        for encoder in encoders:
+            encoder.to("cpu")
+    accelerator.wait_for_everyone()

@@ -1,0 +1,194 @@
+"""One trained network: its wrapped module, its optimizer, its average, and their state on disk.
+
+State is kept by parameter name, whole and on the CPU, so that plain, data-parallel and sharded
+(FSDP2) runs read and write the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diffkit.errors import UserError
+from diffkit.training.config import TrainConfig
+from diffkit.training.ema import Ema
+
+__all__ = ["Player", "make_optimizer"]
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names; raises `UserError` when its library is missing."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    try:
+        bitsandbytes: Any = import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError(
+            "optimizer: adamw8bit needs bitsandbytes, which is not installed; "
+            "pip install bitsandbytes, or use --optimizer adamw."
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The full tensor on the CPU, without a graph and without sharing memory."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().cpu()
+    return tensor.to("cpu", copy=True)
+
+
+def _shaped_like(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole` on the device of `like`, sharded as `like` is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+    return whole.to(like.device)
+
+
+class Player:
+    """A player's module before and after wrapping, with all the state that training gives it.
+
+    Arguments:
+        name: the objective's name for it.
+        module: the plain module, with its trainable parameters in float32.
+        config: optimizer, clipping and EMA.
+        average: whether to keep a moving average when the config asks for one.
+    """
+
+    def __init__(self, name: str, module: nn.Module, config: TrainConfig, average: bool) -> None:
+        self.name = name
+        self.plain = module
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if not any(p.requires_grad for p in module.parameters()):
+            raise UserError(f"player {name}: has no trainable parameter.")
+        self.optimizer: Any = make_optimizer(self._trainable(), config)
+        self.module = module
+        self._decay = config.ema if average else None
+        self.ema: Ema | None = None
+
+    def wrap(self, accelerator: Any) -> None:
+        """Hand module and optimizer to accelerate, in the one call that FSDP2 asks for."""
+        self.module, self.optimizer = accelerator.prepare(self.plain, self.optimizer)
+        self.plain = accelerator.unwrap_model(self.module)
+        self.names = [n for n, p in self.plain.named_parameters() if p.requires_grad]
+        self.parameters = self._trainable()
+        if self._decay is not None:
+            self.ema = Ema(self.plain, self._decay)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.plain.parameters() if p.requires_grad]
+
+    def count(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        trainable = sum(p.numel() for p in self._trainable())
+        return trainable, sum(p.numel() for p in self.plain.parameters())
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of the next optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def freeze(self, frozen: bool) -> None:
+        """Keep gradients of another player's loss out of this one."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(not frozen)
+
+    # -- state --------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trainable parameters and persistent buffers by name; a collective call when sharded."""
+        tensors = dict(zip(self.names, self.parameters, strict=True))
+        return {name: _whole(value) for name, value in (tensors | self._buffers()).items()}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        buffers = dict(self.plain.named_buffers())
+        kept = self.plain.state_dict().keys() & buffers.keys()
+        return {name: buffer for name, buffer in buffers.items() if name in kept}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set what `weights` returned."""
+        tensors = dict(zip(self.names, self.parameters, strict=True)) | self._buffers()
+        for name, tensor in tensors.items():
+            tensor.copy_(_shaped_like(weights[name], tensor))
+
+    def average(self) -> dict[str, Tensor]:
+        """The moving average by name; empty without EMA."""
+        if self.ema is None:
+            return {}
+        return {name: _whole(value) for name, value in self.ema.weights.items()}
+
+    def load_average(self, weights: Mapping[str, Tensor]) -> None:
+        """Set what `average` returned."""
+        if self.ema is not None:
+            shadow = self.ema.weights
+            self.ema.load({k: _shaped_like(v, shadow[k]) for k, v in weights.items()})
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain numbers of the optimizer's state, each named `slot/parameter`."""
+        tensors, numbers = {}, {}
+        state = self._raw_optimizer().state
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for slot, value in state.get(parameter, {}).items():
+                key = f"{slot}/{name}"
+                if isinstance(value, Tensor):
+                    tensors[key] = _whole(value)
+                else:
+                    numbers[key] = value
+        return tensors, numbers
+
+    def load_optimizer_state(
+        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+    ) -> None:
+        """Set what `optimizer_state` returned."""
+        state = self._raw_optimizer().state
+        parameters = dict(zip(self.names, self.parameters, strict=True))
+        state.clear()
+        for key, value in {**tensors, **numbers}.items():
+            slot, name = key.split("/", 1)
+            parameter = parameters[name]
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value = _shaped_like(value, parameter)
+            elif isinstance(value, Tensor):
+                value = value.to(parameter.device)
+            state[parameter][slot] = value
+
+    def _raw_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @contextlib.contextmanager
+    def result(self) -> Iterator[None]:
+        """Inside the block the plain module holds whole tensors: the average where one is kept."""
+        with self.ema.applied() if self.ema else contextlib.nullcontext(), _gathered(self.plain):
+            yield
+
+
+@contextlib.contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """Whole CPU parameters in place of the sharded ones; does nothing to a plain module."""
+    sharded: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                sharded.append((owner, name, parameter))
+    whole = [nn.Parameter(_whole(p), requires_grad=False) for _, _, p in sharded]
+    for (owner, name, _), parameter in zip(sharded, whole, strict=True):
+        owner._parameters[name] = parameter
+    try:
+        yield
+    finally:
+        for owner, name, parameter in sharded:
+            owner._parameters[name] = parameter

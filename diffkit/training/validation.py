@@ -1,0 +1,105 @@
+"""Pictures of fixed prompts from the model in training, always from the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from diffkit.data.prompts import read_prompts
+from diffkit.files import atomic_write
+from diffkit.models.conditioner import Conditioning
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.sampling import sample
+from diffkit.randomness import normal
+from diffkit.training.trackers import Tracker
+
+__all__ = ["Validation"]
+
+BATCH = 16
+
+
+class Validation:
+    """Makes the pictures; prompts are encoded once, at the start.
+
+    Arguments:
+        model: the model in training.
+        prompts: a file of prompts, one a line.
+        size: side of the square pictures in pixels.
+        seed: picture i starts from the noise of seed + i.
+        steps, guidance_scale: of sampling.
+        folder: where `step-00000100.png` sheets go; None on all but the main process.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        prompts: Path,
+        *,
+        size: int,
+        seed: int,
+        steps: int,
+        guidance_scale: float,
+        folder: Path | None,
+    ) -> None:
+        self.model = model
+        self.prompts = read_prompts(prompts)
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+        self.folder = folder
+        sizes = (size, size)
+        self._cond = model.conditioner.encode(self.prompts, sizes).to("cpu")
+        self._null = model.conditioner.null(1, sizes).to("cpu")
+        shape = model.latent_shape(size, size)
+        self._noise = torch.stack(
+            [normal(shape, seed + i, "image") for i in range(len(self.prompts))]
+        )
+
+    def __call__(self, done: int, tracker: Tracker) -> None:
+        """Sample, save one sheet, hand the pictures to the tracker; a collective call."""
+        images = self.images()
+        if self.folder is None:
+            return
+        with atomic_write(self.folder / f"step-{done:08d}.png") as file:
+            _sheet(images).save(file, format="PNG")
+        tracker.images(done, self.prompts, images)
+
+    @torch.no_grad()
+    def images(self) -> list[Image.Image]:
+        """One picture a prompt."""
+        denoiser, codec = self.model.denoiser, self.model.codec
+        training = denoiser.training
+        denoiser.eval()
+        device, images = denoiser.device, []
+        codec.to(device)
+        for start in range(0, len(self.prompts), BATCH):
+            rows = slice(start, start + BATCH)
+            noise = self._noise[rows].to(device)
+            cond = self._cond.select(rows).to(device)
+            null: Conditioning = self._null.expand(len(noise)).to(device)
+            latents = sample(
+                denoiser,
+                noise,
+                cond,
+                null,
+                steps=self.steps,
+                guidance_scale=self.guidance_scale,
+            )
+            for pixels in codec.decode(latents).clamp(-1, 1).cpu():
+                array = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+                images.append(Image.fromarray(array))
+        denoiser.train(training)
+        return images
+
+
+def _sheet(images: list[Image.Image]) -> Image.Image:
+    """All pictures side by side in rows of at most eight."""
+    columns = min(8, len(images))
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        sheet.paste(image, (column * width, row * height))
+    return sheet
