@@ -32,7 +32,7 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor], extra: str = "") -> str:
     h = blake2b(extra, (name, dtype, shape, blake2b(bytes)) in the order of the names)
 
     All bytes count, so one changed weight changes the hash; devices, strides and the order of the
-    mapping do not. It costs about 1 s per GB and thread. Returns 32 hexadecimal digits.
+    mapping do not. It takes 1 to 3 s per GB. Returns 32 hexadecimal digits.
     """
     names = sorted(tensors)
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -90,22 +91,50 @@ def test_force_upcast_computes_in_float32_and_leaves_the_shared_weights() -> Non
     assert build(force_upcast=False).to(dtype=torch.float16).dtype == torch.float16
 
 
+class Held:
+    """A tensor that autograd keeps; it reports its storage to the meter while it lives."""
+
+    def __init__(self, meter: Meter, x: Tensor) -> None:
+        self.meter, self.x, self.key = meter, x, x.untyped_storage()._cdata
+        meter.add(self.key, x.untyped_storage().nbytes())
+
+    def __del__(self) -> None:
+        self.meter.count[self.key] -= 1
+
+
+class Meter:
+    """Bytes that autograd keeps for the backward pass, weights not counted: now, and at most."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.weights = {p.untyped_storage()._cdata for p in codec.vae.parameters()}
+        self.count: Counter[int] = Counter()
+        self.size: dict[int, int] = {}
+        self.peak = 0
+
+    def add(self, key: int, nbytes: int) -> None:
+        self.count[key] += 1
+        self.size[key] = nbytes
+        self.peak = max(self.peak, self.now())
+
+    def now(self) -> int:
+        return sum(self.size[key] for key, held in self.count.items() if held > 0)
+
+    def watch(self) -> Any:
+        def pack(x: Tensor) -> Tensor | Held:
+            return x if x.untyped_storage()._cdata in self.weights else Held(self, x)
+
+        def unpack(held: Tensor | Held) -> Tensor:
+            return held.x if isinstance(held, Held) else held
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 def saved_bytes(codec: Codec, latents: Tensor, **options: Any) -> int:
-    """Bytes that autograd keeps between forward and backward, weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in codec.vae.parameters()}
-    kept: dict[int, int] = {}
-    held: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        codec.decode(latents, **options)
-    return sum(kept.values())
+    meter = Meter(codec)
+    with meter.watch():
+        image = codec.decode(latents, **options)
+    assert image.requires_grad
+    return meter.now()
 
 
 def test_checkpoint_modes_give_equal_gradients_and_keep_less(
@@ -138,6 +167,26 @@ def _three_blocks() -> dict[str, Any]:
         "down_block_types": ("DownEncoderBlock2D",) * 3,
         "up_block_types": ("UpDecoderBlock2D",) * 3,
     }
+
+
+def test_memory_of_stable_diffusions_vae_at_512_pixels() -> None:
+    """The true shapes, on the meta device: sizes without arithmetic."""
+    with torch.device("meta"):
+        codec = build(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            norm_num_groups=32,
+        )
+        latents = torch.empty(1, 4, 64, 64).requires_grad_()
+    crop = {"crop": (28, 28, 8, 8), "context": 4}
+    options = {"plain": {}, "block": {"checkpoint": "block"}, "resnet": {"checkpoint": "resnet"}}
+    sizes = {k: saved_bytes(codec, latents, **o) for k, o in {**options, "crop": crop}.items()}
+    print("kept after the forward pass, MiB:", {k: v >> 20 for k, v in sizes.items()})
+    assert sizes["block"] < 0.12 * sizes["plain"]
+    assert sizes["resnet"] < 0.25 * sizes["plain"]
+    assert sizes["crop"] < 0.15 * sizes["plain"]
 
 
 def test_attention_inside_up_blocks_runs_unit_by_unit() -> None:
@@ -255,6 +304,21 @@ def test_products_equal_autograd(checkpoint: Any) -> None:
     (expected,) = torch.autograd.grad(codec.encode(images, eps), images, weight)
     got = codec.encode_vjp(images, weight, eps, checkpoint=checkpoint)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_peak_of_the_products_and_of_checkpointed_backward() -> None:
+    """The two passes hold one piece's graph at a time; finer pieces hold less."""
+    codec = build(block_out_channels=(8, 16, 16), layers_per_block=2, **_three_blocks())
+    latents, cotangent = normal(1, 4, 32, 32), normal(1, 3, 128, 128)
+    peaks = {}
+    for mode in (None, "block", "resnet"):
+        meter = Meter(codec)
+        with meter.watch():
+            codec.vjp(latents, cotangent, checkpoint=mode)  # type: ignore[arg-type]
+        peaks[mode] = meter.peak
+        assert meter.now() == 0
+    print("peak of saved bytes in vjp", peaks)
+    assert peaks["block"] < 0.6 * peaks[None] and peaks["resnet"] < 0.25 * peaks[None]
 
 
 def test_product_of_a_loss_without_decoding_twice() -> None:
