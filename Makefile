@@ -11,13 +11,14 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@echo "installing into .venv; the first time this takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=80"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 demo: venv
-	$(BIN)/diffkit demo --output demo
+	$(BIN)/diffkit demo --output demo --overwrite
 
 test: venv
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2
