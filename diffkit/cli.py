@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print("diffkit: interrupted; what was finished is kept.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of our output has left; nothing more may be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
@@ -128,6 +133,7 @@ def _group_help(prog: str, configs: dict[str, type]) -> str:
 
 
 def _hush_libraries() -> None:
+    warnings.simplefilter("ignore", FutureWarning)
     # Read by the libraries when they are first imported, which is after this.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")

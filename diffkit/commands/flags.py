@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
+import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +19,10 @@ __all__ = ["flag_surface", "nearest", "parse_flags"]
 
 Config = TypeVar("Config")
 
+_UNTYPED = re.compile(
+    r"Error parsing (?P<flag>\S+): no type matching (?:\{None\}\|)?(?P<kind>\S+) "
+    r"could be instantiated from \['(?P<value>.*?)'\]"
+)
 _MARKERS = (tyro.conf.FlagCreatePairsOff,)
 _RULE = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"
 _WALL = "\N{BOX DRAWINGS LIGHT VERTICAL}"
@@ -48,23 +54,29 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(names)}."
 
 
-def flag_surface(config_class: type) -> list[str]:
-    """One line for each flag: its name, its type and its default; the frozen-surface test's text.
+def flag_surface(config_class: type, prefix: str = "") -> list[str]:
+    """One line for each flag, those of nested configs included: its name, type and default.
 
     Raises `TypeError` when `config_class` is not a dataclass.
     """
+    hints = typing.get_type_hints(config_class, include_extras=True)
     lines = []
     for field in dataclasses.fields(config_class):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
+        name = prefix + _flag_name(field.name, hints[field.name])
+        if dataclasses.is_dataclass(default):
+            lines += flag_surface(type(default), f"{name}.")
+            continue
         shown = "required" if default is dataclasses.MISSING else repr(default)
-        lines.append(f"{_flag_name(field)}: {field.type} = {shown}")
+        lines.append(f"--{name}: {field.type} = {shown}")
     return sorted(lines)
 
 
-def _flag_name(field: dataclasses.Field[Any]) -> str:
-    return "--" + field.name.rstrip("_").replace("_", "-")
+def _flag_name(field_name: str, hint: Any) -> str:
+    given = [getattr(mark, "name", None) for mark in getattr(hint, "__metadata__", ())]
+    return next(filter(None, given), field_name).replace("_", "-")
 
 
 def _message(box: str) -> str:
@@ -78,6 +90,10 @@ def _message(box: str) -> str:
         else:
             sections[-1].append(row)
     message = " ".join(sections[0])
+    # What tyro says of an optional flag is one line for each type that it tried.
+    untyped = _UNTYPED.search(message)
+    if untyped:
+        message = f"{untyped['flag']}: {untyped['value']!r} is not {untyped['kind']}."
     flags = [
         row.split()[0].rstrip(",")
         for section in sections[1:]

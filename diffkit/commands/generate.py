@@ -30,7 +30,9 @@ class GenerateConfig:
     processes do not change it. The same command on the same output goes on where it stopped.
     """
 
-    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    prompts: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT ...")
+    ] = ()
     """Prompts, each quoted, before the flags."""
 
     prompts_file: Annotated[Path | None, tyro.conf.arg(name="prompts")] = None

@@ -28,6 +28,10 @@ class Card:
     steps: int = 25
     example_prompts: tuple[str, ...] = ()
 
+    def guidance(self, usual: float) -> float:
+        """The card's guidance scale, else `usual`, the model family's."""
+        return usual if self.guidance_scale is None else self.guidance_scale
+
 
 def read_card(source: str) -> Card:
     """The card in the model folder `source` (or "embedded"); the plain `Card()` where none is.

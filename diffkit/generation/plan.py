@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffkit import __version__
+from diffkit.console import warn
 from diffkit.errors import UserError
 from diffkit.files import sha256
 from diffkit.generation.card import read_card
@@ -113,7 +114,7 @@ def plan(request: Request, model: LatentDiffusion) -> list[Recipe]:
     steps = request.steps or card.steps
     guidance = request.guidance
     if guidance is None:
-        guidance = card.guidance_scale or model.family.guidance_scale
+        guidance = card.guidance(model.family.guidance_scale)
     if request.negative and guidance <= 1:
         raise UserError("--negative: does nothing at a guidance of 1 or below; raise --guidance.")
     size = _size(request, model)
@@ -124,6 +125,7 @@ def plan(request: Request, model: LatentDiffusion) -> list[Recipe]:
             strength = 0.8 if request.mask is None else 1.0
         check_strength(strength, steps)
     _check_scheduler(request, model)
+    _warn_of_long_prompts((*request.prompts, request.negative), model)
     first = Recipe(
         version=__version__,
         model=_absolute(request.model),
@@ -173,6 +175,18 @@ def _check_scheduler(request: Request, model: LatentDiffusion) -> None:
         swap_scheduler(
             own, request.scheduler, schedule.kind, schedule.prediction_type, from_noise=from_noise
         )
+
+
+def _warn_of_long_prompts(prompts: Sequence[str], model: LatentDiffusion) -> None:
+    # Stock pipelines cut a prompt at what each tokenizer's encoder reads.
+    for name, tokenizer in model.pipeline().components.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        limit = tokenizer.model_max_length
+        for prompt in dict.fromkeys(prompts):
+            length = len(tokenizer(prompt, verbose=False).input_ids)
+            if length > limit:
+                warn(f"{name} reads {limit} of the {length} tokens of {prompt!r}; the rest is cut")
 
 
 def _place(path: Path | None) -> str | None:

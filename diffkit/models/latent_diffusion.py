@@ -148,7 +148,8 @@ class LatentDiffusion:
         wanted = self.family.pipeline_class(kind)
         if type(self._pipeline) is wanted:
             return self._pipeline
-        return wanted.from_pipe(self._pipeline)
+        # Without a dtype from_pipe would turn the shared weights into float32.
+        return wanted.from_pipe(self._pipeline, dtype=self.dtype)
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write a plain diffusers folder that `DiffusionPipeline.from_pretrained` loads.

@@ -179,7 +179,21 @@ def test_devices_and_dtypes() -> None:
             choose_device("cuda")
 
 
-def test_bf16_runs(tiny_sdxl: Path) -> None:
+@pytest.mark.parametrize("with_image", [False, True])
+def test_bf16_runs_and_stays_bf16(tiny_sdxl: Path, tmp_path: Path, with_image: bool) -> None:
+    """Another stock pipeline over the same weights must not turn them into float32."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "in.png")
+    image = tmp_path / "in.png" if with_image else None
     model = LatentDiffusion.load(tiny_sdxl, dtype=torch.bfloat16)
-    made = plan(Request(prompts=("a",), model=str(tiny_sdxl), steps=2, dtype="bf16"), model)
-    assert render(model, made)[0].size == (32, 32)
+    request = Request(prompts=("a",), model=str(tiny_sdxl), steps=2, dtype="bf16", image=image)
+    assert render(model, plan(request, model))[0].size == (32, 32)
+    assert {p.dtype for part in model.networks.values() for p in part.parameters()} == {
+        torch.bfloat16
+    }
+
+
+def test_a_prompt_that_is_cut_is_named(tiny_sd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes(tiny_sd, prompts=("a", "x" * 40))
+    errors = capsys.readouterr().err
+    assert errors.count("warning") == 1
+    assert "reads 12 of the 42 tokens of 'xxxx" in errors

@@ -1,0 +1,35 @@
+"""The panel that says what the model is: the short form of `diffkit info`."""
+
+from __future__ import annotations
+
+from diffkit.commands.panels import Panel, Stage
+from diffkit.evaluation.cost import model_cost, parameter_count
+from diffkit.generation.engine import size_rule
+from diffkit.models.skeleton import skeleton
+
+
+def what_it_is(stage: Stage) -> Panel:
+    """Parts, parameters, schedule and multiply-accumulates."""
+    model, schedule = stage.model, stage.model.schedule
+    size = size_rule(model).native
+    cost = model_cost(skeleton(stage.source), size.width, size.height)
+    parts = [
+        (name, f"{type(part).__name__}, {parameter_count(part):,} parameters")
+        for name, part in model.networks.items()
+    ]
+    return Panel(
+        title="The model",
+        text="What made these pictures, read from its configs.",
+        command=f"diffkit info {stage.source}",
+        table=(
+            ("family", model.family.name),
+            *parts,
+            ("schedule", f"{schedule.kind}, {schedule.prediction_type} prediction"),
+            ("picture", f"{size} pixels"),
+            (
+                "work a picture",
+                f"{cost.macs(stage.card.steps) / 1e9:,.2f} billion multiply-accumulates in "
+                f"{stage.card.steps} guided steps",
+            ),
+        ),
+    )
