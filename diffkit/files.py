@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -47,25 +48,37 @@ _REFUSED = {
 
 @contextlib.contextmanager
 def storage_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an `OSError` of the body into an error that names `path` and the cause.
+    """Turn a storage error of the body into an error that names `path` and the cause.
 
     Raises `RunFailed` when the storage ran out and `UserError` when the path cannot be written;
-    any other `OSError` passes unchanged.
+    any other error passes unchanged.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except Exception as error:
+        number = _error_number(error)
+        if number in _FULL:
             raise RunFailed(
-                f"{os.fspath(path)}: {_FULL[error.errno]}. What was finished before is kept; "
+                f"{os.fspath(path)}: {_FULL[number]}. What was finished before is kept; "
                 "free some space, then run the same command again."
             ) from error
-        if error.errno in _REFUSED:
+        if number in _REFUSED:
             raise UserError(
-                f"{os.fspath(path)}: cannot be written, {_REFUSED[error.errno]}. "
+                f"{os.fspath(path)}: cannot be written, {_REFUSED[number]}. "
                 "Choose another place, for example with --output."
             ) from error
         raise
+
+
+def _error_number(error: Exception) -> int:
+    """The `errno` behind an error, 0 when there is none.
+
+    safetensors wraps it into a class of its own, and only its message keeps the number.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found and type(error).__name__ == "SafetensorError" else 0
 
 
 def _sync_folder(folder: Path) -> None:
@@ -110,9 +123,7 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def atomic_directory(
-    path: str | os.PathLike[str], *, overwrite: bool = False
-) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `path` when the body ends without an error.
 
     Raises `UserError` when `path` exists and `overwrite` is false; with `overwrite` the old folder
@@ -206,5 +217,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Any]:
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -14,7 +14,7 @@ import torch
 
 from diffkit.errors import UserError
 from diffkit.models.families import families, family_of
-from diffkit.models.weights import load_safetensors, refuse_pickles
+from diffkit.models.weights import read_header, refuse_pickles
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -159,7 +159,7 @@ def _from_file(
     path: Path, dtype: torch.dtype, config: str | os.PathLike[str] | None
 ) -> DiffusionPipeline:
     refuse_pickles(path)
-    keys = load_safetensors(path).keys()
+    keys = read_header(path).shapes
     class_name = next((cls for mark, cls in _SINGLE_FILE_MARKS.items() if mark in keys), None)
     if class_name is None:
         known = ", ".join(family.name for family in families())

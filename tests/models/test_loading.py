@@ -1,0 +1,133 @@
+"""Where models come from, and what a person is told when nothing usable is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffkit.errors import RunFailed, UserError
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.randomness import normal
+from tests import original_keys
+
+
+def load(path, **options):
+    return LatentDiffusion.load(path, **options)
+
+
+def test_single_file_equals_the_folder_it_was_made_of(tiny_sd, tmp_path):
+    model = load(tiny_sd)
+    layers = model.denoiser.model.config.layers_per_block
+    tensors = {
+        **original_keys.unet(model.denoiser.model.state_dict(), layers),
+        **original_keys.vae(model.codec.vae.state_dict(), blocks=2),
+        **original_keys.text_encoder(model.conditioner.encoders["text_encoder"].state_dict()),
+    }
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    single = load(tmp_path / "model.safetensors", config=tiny_sd)
+    for name, network in model.networks.items():
+        ours, theirs = network.state_dict(), single.networks[name].state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    z_t, t = normal((1, *model.latent_shape(32, 32)), 0, "z"), torch.tensor([500])
+    cond = model.conditioner.encode(["a cat"])
+    with torch.no_grad():
+        difference = model.denoiser(z_t, t, cond) - single.denoiser(z_t, t, cond)
+    assert difference.abs().max() < 1e-6
+
+
+def test_half_precision_and_device_reach_every_network(tiny_sd):
+    model = load(tiny_sd, dtype=torch.float16)
+    assert {n.dtype for n in model.networks.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such/folder/here", "no such model. Give 'embedded', a diffusers folder"),
+        ("nothing here", "no such model"),
+        ("owner/name-that-is-not-cached", "cannot be fetched from the hub, nor is it a path"),
+    ],
+)
+def test_missing_model(name, message):
+    with pytest.raises(UserError, match=message):
+        load(name)
+
+
+def test_wrong_folder_layout_says_what_the_folder_is(tiny_sd, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: is not a diffusers model folder.*no model_index"):
+        load(tmp_path / "empty")
+    with pytest.raises(UserError, match="single component; give the pipeline folder, perhaps"):
+        load(tiny_sd / "unet")
+    with pytest.raises(UserError, match="There is a model inside it: .*sd"):
+        load(tiny_sd.parent)
+    (tmp_path / "lora").mkdir()
+    save_file({"x": torch.ones(1)}, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError, match="holds a LoRA"):
+        load(tmp_path / "lora")
+
+
+def test_damaged_folders_are_named(tiny_sd, tmp_path):
+    broken = shutil.copytree(tiny_sd, tmp_path / "model")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model: "):
+        load(broken)
+    (broken / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match="not a diffusers model index"):
+        load(broken)
+    (broken / "model_index.json").write_text(json.dumps({"_class_name": "WuerstchenPipeline"}))
+    with pytest.raises(UserError, match="WuerstchenPipeline: diffkit does not know"):
+        load(broken)
+
+
+def test_pickles_and_foreign_files_are_refused(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04")
+    with pytest.raises(UserError, match=r"model\.ckpt.*pickle"):
+        load(tmp_path / "model.ckpt")
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="holds no single-file checkpoint"):
+        load(tmp_path / "lora.safetensors")
+
+
+def test_options_that_would_do_nothing_are_refused(tiny_sd, tmp_path):
+    with pytest.raises(UserError, match="config is for a single"):
+        load(tiny_sd, config=tiny_sd)
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="variant and revision"):
+        load(tmp_path / "x.safetensors", variant="fp16")
+
+
+def test_saving_never_overwrites_by_accident(tiny_sd, tmp_path):
+    model = load(tiny_sd)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        model.save(tmp_path / "out")
+    model.save(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"], "no partial folder stays behind"
+
+
+def test_a_full_disk_leaves_the_older_model_whole(tiny_sd, tmp_path):
+    import resource
+    import signal
+
+    model = load(tiny_sd)
+    model.save(tmp_path / "out")
+    before = (tmp_path / "out" / "model_index.json").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(RunFailed, match="out: the file size limit"):
+            model.save(tmp_path / "out", overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / "out" / "model_index.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
