@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffkit.console import warn
 from diffkit.errors import UserError
 from diffkit.training.config import TrainConfig
 
@@ -63,7 +65,15 @@ def make_accelerator(config: TrainConfig) -> Any:
     if config.mixed_precision == "fp16" and accelerator.device.type != "cuda":
         release_accelerator(accelerator)
         raise UserError("mixed_precision: fp16 needs a CUDA GPU; on this machine use bf16 or no.")
+    _warn_slow(config, accelerator)
     return accelerator
+
+
+def _warn_slow(config: TrainConfig, accelerator: Any) -> None:
+    if config.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "bf16"
+        if "bf16" not in flags:
+            warn("mixed_precision: this CPU has no bf16 instructions and emulates them slowly.")
 
 
 def release_accelerator(accelerator: Any) -> None:
