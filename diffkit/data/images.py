@@ -103,11 +103,15 @@ def _open(encoded: Encoded) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, as far as the header tells.
+    """The EXIF orientation, 1 to 8, as far as the header tells; 1 when it is damaged.
 
     Pillow turns TIFF by itself. For a PNG whose EXIF block stands behind the pixels Pillow would
     decode the whole file; such a block is not looked for.
     """
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
-    return int(image.getexif().get(0x0112, 1))
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # as for broken pixels; the picture itself may be whole
+        return 1
+    return value if value in _UPRIGHT else 1

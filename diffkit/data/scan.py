@@ -54,13 +54,15 @@ def scan(source: ImageSource) -> Scan:
 def threaded(function: Callable[[int], T], count: int, label: str) -> Iterator[T]:
     """`function(0)` ... `function(count - 1)` in order, by several threads and with progress."""
 
+    # A task for each of a million headers would cost more than the reading.
+    size = max(1, min(_CHUNK, count // (8 * _THREADS)))
+
     def chunk(start: int) -> list[T]:
-        return [function(index) for index in range(start, min(count, start + _CHUNK))]
+        return [function(index) for index in range(start, min(count, start + size))]
 
     def results() -> Iterator[T]:
-        # Few, large tasks: a task for each of a million pictures would cost more than its work.
         with ThreadPoolExecutor(_THREADS) as pool:
-            for values in pool.map(chunk, range(0, count, _CHUNK)):
+            for values in pool.map(chunk, range(0, count, size)):
                 yield from values
 
     return progress(results(), label, count)

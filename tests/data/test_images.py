@@ -42,6 +42,20 @@ def test_exif_orientation_is_applied(kind, orientation):
     assert np.abs(np.asarray(image).astype(int) - np.asarray(upright)).mean() < 6
 
 
+@pytest.mark.parametrize("block", [b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_does_not_cost_the_picture(kind, block):
+    data = encoded(noise(24, 40), kind, exif=block)
+    assert read_header(data) == (24, 40) and decode(data)[1] == (24, 40)
+
+
+def test_unknown_orientation_is_ignored():
+    exif = Image.Exif()
+    exif[0x0112] = 99
+    data = encoded(noise(24, 40), "JPEG", exif=exif)
+    assert read_header(data) == (24, 40) and decode(data)[1] == (24, 40)
+
+
 def test_transparency_lies_over_white():
     image = Image.new("RGBA", (4, 4), (200, 100, 0, 0))
     image.putpixel((0, 0), (200, 100, 0, 255))
