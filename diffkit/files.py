@@ -35,6 +35,10 @@ __all__ = [
 
 TEMPORARY_PREFIX = ".partial-"
 
+# A process can read its mask only by changing it, which several threads must not do at once.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _FULL[errno.EFBIG] = "the file size limit of this process or disk is reached"
 _REFUSED = {
@@ -107,19 +111,13 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~_UMASK)
             os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
         _sync_folder(target.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager
@@ -138,7 +136,7 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
         try:
             yield temporary
             _sync_tree(temporary)
-            temporary.chmod(0o777 & ~_umask())
+            temporary.chmod(0o777 & ~_UMASK)
             if target.exists():
                 retired = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=target.parent))
                 os.replace(target, retired / target.name)

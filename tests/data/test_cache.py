@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -155,3 +156,19 @@ def test_kill_while_writing(tmp_path):
 @pytest.mark.slow
 def test_many_kills_while_writing(tmp_path):
     kill_while_writing(tmp_path, [0.01 * k for k in range(1, 11)])
+
+
+def test_threads_write_files_with_the_mode_of_the_process(tmp_path):
+    """Eight writer threads once raced for the process's mask and left files writable by all."""
+    cache = TensorCache(tmp_path, "fingerprint")
+    usual = tmp_path / "usual"
+    usual.touch()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: cache.write(f"{n:032x}", TENSORS), range(300)))
+    finally:
+        sys.setswitchinterval(interval)
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*.safetensors")}
+    assert modes == {usual.stat().st_mode}
