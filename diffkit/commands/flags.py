@@ -9,6 +9,7 @@ import io
 import re
 import typing
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -24,8 +25,9 @@ _UNTYPED = re.compile(
     r"could be instantiated from \['(?P<value>.*?)'\]"
 )
 _MARKERS = (tyro.conf.FlagCreatePairsOff,)
-_RULE = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"
-_WALL = "\N{BOX DRAWINGS LIGHT VERTICAL}"
+_RULES = set("-─")
+_WALL = "│"
+_CORNERS = "╭╰"
 
 
 def parse_flags(
@@ -65,40 +67,61 @@ def flag_surface(config_class: type, prefix: str = "") -> list[str]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        name = prefix + _flag_name(field.name, hints[field.name])
+        hint = hints[field.name]
         if dataclasses.is_dataclass(default):
-            lines += flag_surface(type(default), f"{name}.")
+            lines += flag_surface(type(default), f"{prefix}{_name(field.name, hint)}.")
             continue
-        shown = "required" if default is dataclasses.MISSING else repr(default)
-        lines.append(f"--{name}: {field.type} = {shown}")
+        shown = "required" if default is dataclasses.MISSING else _shown(default)
+        kind = _type_text(hint)
+        written = str(field.type)
+        if "Positional[" in written:
+            lines.append(f"{field.name.upper()}: {kind} = {shown}")
+            continue
+        repeatable = ", repeatable" if "UseAppendAction[" in written else ""
+        lines.append(f"--{prefix}{_name(field.name, hint)}: {kind}{repeatable} = {shown}")
     return sorted(lines)
 
 
-def _flag_name(field_name: str, hint: Any) -> str:
+def _name(field_name: str, hint: Any) -> str:
     given = [getattr(mark, "name", None) for mark in getattr(hint, "__metadata__", ())]
-    return next(filter(None, given), field_name).replace("_", "-")
+    return str(next(filter(None, given), field_name)).replace("_", "-")
+
+
+def _type_text(hint: Any) -> str:
+    bare = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+    text = bare.__name__ if isinstance(bare, type) and not typing.get_args(bare) else str(bare)
+    return re.sub(r"\b[a-z_]+(\.[a-z_]+)*\.(?=[A-Z])", "", text)
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value)) if isinstance(value, Path) else repr(value)
 
 
 def _message(box: str) -> str:
-    """The complaint and the suggested flags out of tyro's framed text, unwrapped."""
-    rows = [row.strip().strip(_WALL).strip() for row in box.splitlines()]
-    rows = [row for row in rows if row and not row.startswith(("╭", "╰"))]
+    """The complaint and the suggested flags out of tyro's framed text, unwrapped.
+
+    The frame is drawn in Unicode with the title in its border, or in ASCII with the title above
+    the first rule, depending on the terminal's encoding.
+    """
+    framed = any(row.startswith(_CORNERS[0]) for row in box.splitlines())
     sections: list[list[str]] = [[]]
-    for row in rows:
-        if set(row) == {_RULE}:
+    for line in box.splitlines():
+        row = line.strip().strip(_WALL).strip()
+        if row and set(row) <= _RULES:
             sections.append([])
-        else:
+        elif row and row[0] not in _CORNERS:
             sections[-1].append(row)
-    message = " ".join(sections[0])
+    complaint, *hints = sections if framed else sections[1:]
+    message = " ".join(complaint)
     # What tyro says of an optional flag is one line for each type that it tried.
     untyped = _UNTYPED.search(message)
     if untyped:
         message = f"{untyped['flag']}: {untyped['value']!r} is not {untyped['kind']}."
     flags = [
         row.split()[0].rstrip(",")
-        for section in sections[1:]
-        if section and section[0].startswith("Perhaps you meant")
-        for row in section
+        for hint in hints
+        if hint and hint[0].startswith("Perhaps you meant")
+        for row in hint
         if row.startswith("--")
     ]
     return f"{message} Did you mean {' or '.join(flags)}?" if flags else message
