@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkit.errors import UserError
-from diffkit.models.fingerprint import fingerprint_module
+from diffkit.models.fingerprint import describe_config, fingerprint_module
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -180,12 +180,15 @@ class Conditioner:
             setattr(self.pipeline, name, None)
 
     def fingerprint(self) -> str:
-        """Hexadecimal key of the encoders' weights and the tokenizers' vocabularies."""
+        """Hexadecimal key of the encoders' weights and configs and of the tokenizers."""
         self._need_encoders()
         digest = hashlib.blake2b(digest_size=16)
         for name, part in sorted(self.components.items()):
             if isinstance(part, nn.Module):
-                digest.update(fingerprint_module(part, extra=name).encode())
+                config: Any = part.config
+                described = f"{name}:{describe_config(config.to_dict())}"
+                digest.update(fingerprint_module(part, extra=described).encode())
             elif part is not None:
-                digest.update(f"{name}:{sorted(part.get_vocab().items())}".encode())
+                words = sorted(part.get_vocab().items())
+                digest.update(f"{name}:{part.model_max_length}:{words}".encode())
         return digest.hexdigest()

@@ -19,10 +19,10 @@ _THREADS = 4
 def describe_config(config: Mapping[str, Any]) -> str:
     """Canonical JSON of a diffusers or transformers config, to be given as `extra`.
 
-    Entries that begin with an underscore (path, library version) are left out: they change without
+    Paths and library versions (leading underscore, ending "_version") are left out: they change without
     a change of the network.
     """
-    kept = {key: value for key, value in config.items() if not key.startswith("_")}
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and not k.endswith("_version")}
     return json.dumps(kept, sort_keys=True, default=str)
 
 

@@ -1,4 +1,4 @@
-"""A latent diffusion model: codec, conditioner, denoiser and schedule, loaded and saved together."""
+"""A latent diffusion model: codec, conditioner, denoiser, schedule, loaded and saved together."""
 
 from __future__ import annotations
 

@@ -96,5 +96,6 @@ def family_of(pipeline_class: str) -> Family:
             return family
         known.extend(names)
     raise UserError(
-        f"{pipeline_class}: diffkit does not know this pipeline class. It knows: {', '.join(known)}."
+        f"{pipeline_class}: diffkit does not know this pipeline class. "
+        f"It knows {', '.join(known)}."
     )
