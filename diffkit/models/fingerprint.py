@@ -19,8 +19,8 @@ _THREADS = 4
 def describe_config(config: Mapping[str, Any]) -> str:
     """Canonical JSON of a diffusers or transformers config, to be given as `extra`.
 
-    Paths and library versions (leading underscore, ending "_version") are left out: they change without
-    a change of the network.
+    Paths and library versions (leading underscore, ending "_version") are left out: they change
+    without a change of the network.
     """
     kept = {k: v for k, v in config.items() if not k.startswith("_") and not k.endswith("_version")}
     return json.dumps(kept, sort_keys=True, default=str)
