@@ -132,10 +132,12 @@ def main(config: GenerateConfig) -> int:
         batch_size=config.batch_size,
         overwrite=config.overwrite,
         processes=processes,
+        with_sheet=old is None,  # one repeated picture must not replace a whole run's sheet
         columns=config.num if 1 < config.num <= 8 else None,
     )
-    if outcome.sheet is not None:
-        say(f"{len(recipes)} pictures in {config.output}; overview: {outcome.sheet}")
+    if processes.rank == 0:
+        overview = f"; overview: {outcome.sheet}" if outcome.sheet else ""
+        say(f"{len(recipes)} pictures in {config.output}{overview}")
         if config.json:
             print(json.dumps(_report(recipes, outcome)))
     return 0
@@ -193,5 +195,5 @@ def _report(recipes: Sequence[Recipe], outcome: Outcome) -> dict[str, Any]:
         "pictures": pictures,
         "made": made,
         "kept": outcome.kept,
-        "contact_sheet": str(outcome.sheet),
+        "contact_sheet": outcome.sheet and str(outcome.sheet),
     }

@@ -55,7 +55,7 @@ class Outcome:
     Attributes:
         paths: the pictures, in the order of the recipes.
         kept: how many of them were there already.
-        sheet: the contact sheet; None in a process that is not the main one.
+        sheet: the contact sheet; None where none was asked for or another process wrote it.
     """
 
     paths: tuple[Path, ...]
@@ -109,6 +109,7 @@ def run(
     batch_size: int,
     overwrite: bool = False,
     processes: Processes | None = None,
+    with_sheet: bool = True,
     columns: int | None = None,
 ) -> Outcome:
     """Make every picture that is missing in `output`, each written as soon as it is done.
@@ -118,7 +119,7 @@ def run(
         make: one batch of recipes -> its pictures.
         batch_size: pictures at once in each process.
         processes: this process among several; default alone.
-        columns: of the contact sheet.
+        with_sheet, columns: whether a contact sheet is written, and its pictures a row.
 
     Raises:
         UserError: see `pending`; or `output` cannot be written.
@@ -137,8 +138,9 @@ def run(
         write_png(output / picture_name(recipe.index), image, recipe)
     me.wait()
     paths = tuple(output / picture_name(recipe.index) for recipe in recipes)
-    sheet = _write_sheet(recipes, paths, output, columns) if me.rank == 0 else None
-    return Outcome(paths, kept, sheet)
+    if not with_sheet or me.rank != 0:
+        return Outcome(paths, kept, None)
+    return Outcome(paths, kept, _write_sheet(recipes, paths, output, columns))
 
 
 def _write_sheet(

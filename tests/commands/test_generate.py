@@ -150,6 +150,8 @@ def test_from_repeats_a_picture(tiny_sd: Path, tmp_path: Path) -> None:
     assert generate("--from", tmp_path / "out" / "00001.png", "--output", again) == 0
     assert np.abs(pixels(again)[0] - pixels(tmp_path / "out")[1]).max() <= 1
     assert read_recipe(again / "00001.png") == read_recipe(tmp_path / "out" / "00001.png")
+    # One picture is no run: a sheet of a run in the same folder stays.
+    assert not (again / "contact_sheet.png").exists()
 
 
 def test_from_repeats_an_inpainted_picture_unless_its_input_changed(
