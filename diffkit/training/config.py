@@ -19,7 +19,7 @@ class TrainConfig:
     """What to train, on what, for how long."""
 
     data: str
-    """Training data: an image folder, or the id of a hub data set."""
+    """Training data: a folder of pictures or of shards, or hub:OWNER/NAME."""
     output: Path
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, and the result in model/ or
     lora/. The same command on the same folder goes on where it stopped."""
@@ -63,6 +63,14 @@ class TrainConfig:
     lora_targets: tuple[str, ...] | None = None
     """Names of the layers that get a LoRA; the model family's own by default."""
 
+    split: str = "train"
+    """Split of shards or of a hub data set."""
+    image_column: str | None = None
+    """Column of the pictures in shards or a hub data set; found by its type by default."""
+    caption_column: str | None = None
+    """Column of the captions; `text` or the like by default."""
+    streaming: bool = False
+    """Read shards or a hub data set in order as it comes, where it is too large for the disk."""
     size: int | None = None
     """Edge of the training pictures in pixels; the model's own by default."""
     max_aspect: float = 1.0
@@ -152,6 +160,11 @@ class TrainConfig:
             raise UserError("cache: nothing is cached; add --cache-latents or --cache-embeddings.")
         if self.cache_latents and self.crop == "random":
             raise UserError("cache_latents: needs the same crop at every visit; use --crop center.")
+
+        if self.streaming and (self.cache_latents or self.cache_embeddings):
+            raise UserError("streaming: what is read once is not cached; leave the caches out.")
+        if self.streaming and self.max_aspect != 1:
+            raise UserError("streaming: has no aspect buckets; leave --max-aspect out.")
 
     def _check_ranges(self) -> None:
         positive = ["max_steps", "batch_size", "accumulation", "learning_rate", "lora_rank", "size"]

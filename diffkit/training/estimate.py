@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffkit.data.loader import TrainingData
+from diffkit.data.stream import StreamedData
 from diffkit.objectives.base import Objective, reduce_loss
 from diffkit.training.config import TrainConfig
 from diffkit.training.configfile import dump
@@ -20,6 +21,8 @@ from diffkit.training.players import Player
 from diffkit.training.report import duration
 
 __all__ = ["dry_run", "state_bytes"]
+
+Data = TrainingData | StreamedData
 
 _GIB = 1024**3
 
@@ -57,11 +60,11 @@ def dry_run(config: TrainConfig) -> int:
     return 0
 
 
-def _costs(
-    config: TrainConfig, accelerator: Any, data: TrainingData, objective: Objective
-) -> list[str]:
+def _costs(config: TrainConfig, accelerator: Any, data: Data, objective: Objective) -> list[str]:
     averaged = set(objective.averaged())
-    lines = [f"pictures: {len(data)} ({data.steps_per_epoch:.1f} steps an epoch)"]
+    lines = ["pictures: a stream of unknown length"]
+    if isinstance(data, TrainingData):
+        lines = [f"pictures: {len(data)} ({data.steps_per_epoch:.1f} steps an epoch)"]
     memory = 0
     for name, module in objective.players().items():
         average = name in averaged and config.ema is not None
@@ -83,9 +86,7 @@ def _costs(
     ]
 
 
-def _measure(
-    config: TrainConfig, accelerator: Any, data: TrainingData, objective: Objective
-) -> float:
+def _measure(config: TrainConfig, accelerator: Any, data: Data, objective: Objective) -> float:
     """Seconds of one training step on this process; the second of two micro-batches counts."""
     players = objective.players()
     for module in players.values():
@@ -95,7 +96,7 @@ def _measure(
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        batch = data.batch(0, rank, world, 0, config.accumulation)
+        batch = next(iter(data.batches(0, 1, rank, world, config.accumulation)))
         with accelerator.autocast():
             draws = objective.draw(batch, 0)
             with torch.no_grad():

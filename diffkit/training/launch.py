@@ -9,12 +9,13 @@ import torch
 
 from diffkit.console import say
 from diffkit.data.fill import cache_embeddings, cache_latents
+from diffkit.data.hub import load_table, open_source
 from diffkit.data.loader import TrainingData
+from diffkit.data.stream import StreamedData
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Objective
 from diffkit.training.config import TrainConfig
 from diffkit.training.configfile import dump, to_plain
-from diffkit.training.data import open_source
 from diffkit.training.devices import make_accelerator, release_accelerator
 from diffkit.training.folder import RunFolder
 from diffkit.training.registry import method_of
@@ -70,8 +71,8 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
         )
     name = config.tracker if main else "none"
     tracker = partial(make_tracker, name, folder.path, config=to_plain(config))
-    trainer = Trainer(objective, data, config, accelerator, folder, tracker, validate)
-    return trainer.run()
+    options: dict[str, Any] = {"validate": validate, "data_identity": data.fingerprint()}
+    return Trainer(objective, data, config, accelerator, folder, tracker, **options).run()
 
 
 def build_model(config: TrainConfig) -> LatentDiffusion:
@@ -89,7 +90,8 @@ def build_model(config: TrainConfig) -> LatentDiffusion:
         from diffkit.models.lora import add_lora
 
         model.denoiser.to(_DTYPES[config.mixed_precision])
-        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets, LORA_NAME)
+        options = config.lora_rank, config.lora_alpha, config.lora_targets
+        add_lora(model, *options, name=LORA_NAME, seed=config.seed)
     model.denoiser.train()
     if config.gradient_checkpointing:
         network = model.denoiser.model
@@ -97,20 +99,27 @@ def build_model(config: TrainConfig) -> LatentDiffusion:
     return model
 
 
-def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData:
+def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData | StreamedData:
     """The batches of the run; raises `UserError` for data or a size that cannot be used."""
     size = config.size or model.default_size
     model.check_size(size, size)
-    return TrainingData(
-        open_source(config.data),
-        resolution=size,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        multiple=model.size_multiple,
-        max_aspect=config.max_aspect,
-        crop=config.crop,
-        flip=config.flip,
-    )
+    options: dict[str, Any] = {
+        "resolution": size,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "multiple": model.size_multiple,
+        "crop": config.crop,
+        "flip": config.flip,
+    }
+    columns: dict[str, Any] = {
+        "image_column": config.image_column,
+        "caption_column": config.caption_column,
+    }
+    if config.streaming:
+        table = load_table(config.data, config.split, streaming=True)
+        return StreamedData(table, config.data, **options, **columns)
+    source = open_source(config.data, split=config.split, **columns)
+    return TrainingData(source, max_aspect=config.max_aspect, **options)
 
 
 def build_objective(config: TrainConfig, model: LatentDiffusion) -> Objective:
@@ -123,10 +132,12 @@ def fill_caches(
     config: TrainConfig,
     folder: RunFolder,
     model: LatentDiffusion,
-    data: TrainingData,
+    data: TrainingData | StreamedData,
     accelerator: Any,
 ) -> None:
     """Encode what the run wants cached, each process its share, on the run's device."""
+    if isinstance(data, StreamedData):
+        return
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     if config.cache_latents:
         model.codec.to(accelerator.device)

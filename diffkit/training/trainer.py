@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffkit.console import say
-from diffkit.errors import RunFailed
+from diffkit.errors import RunFailed, UserError
 from diffkit.files import storage_errors
 from diffkit.objectives.base import Objective, Phase, reduce_loss
 from diffkit.randomness import address
@@ -67,6 +67,7 @@ class Trainer:
         folder: where the run lies; prepared by the caller.
         tracker: made once the start of the run is known.
         validate: makes validation pictures after a number of steps, called on every process.
+        data_identity: changes with the set of samples; a run does not go on with another set.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Trainer:
         folder: RunFolder,
         tracker: Callable[[int], Tracker],
         validate: Callable[[int, Tracker], None] | None = None,
+        data_identity: str = "",
     ) -> None:
         self.objective = objective
         self.data = data
@@ -87,6 +89,7 @@ class Trainer:
         self.phases: Sequence[Phase] = tuple(objective.phases())
         self._make_tracker = tracker
         self._validate = validate
+        self._data_identity = data_identity
         averaged = set(objective.averaged())
         self.players = {
             name: Player(name, module, config, average=name in averaged)
@@ -256,7 +259,7 @@ class Trainer:
         """Write the state after `done` steps; a collective call, the main process writes."""
         self.metrics.flush()
         files: dict[str, dict[str, Tensor]] = {}
-        numbers: dict[str, Any] = {}
+        numbers: dict[str, Any] = {"data": self._data_identity}
         for name, player in self.players.items():
             files[name] = player.weights()
             files[f"{name}.optimizer"], numbers[name] = player.optimizer_state()
@@ -276,6 +279,12 @@ class Trainer:
         checkpoint = self.folder.checkpoints.latest()
         if checkpoint is None:
             return 0
+        if checkpoint.numbers.get("data", self._data_identity) != self._data_identity:
+            raise UserError(
+                f"{self.config.data}: pictures were added, removed or renamed since step "
+                f"{checkpoint.step}, so the run cannot go on as it was. Restore them, or choose "
+                "another --output."
+            )
         files = checkpoint.files
         for name, player in self.players.items():
             try:
