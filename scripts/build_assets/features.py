@@ -1,6 +1,6 @@
 """Train the feature network of the embedded model: concept and style of a picture.
 
-    OMP_NUM_THREADS=1 python scripts/build_assets/features.py --minutes 35
+    OMP_NUM_THREADS=1 python scripts/build_assets/features.py --minutes 32
 
 The same command resumes after an interruption. Writes the network and `metrics.json` to
 `--output`; training state lies beside it, in `OUTPUT-state`.
@@ -292,7 +292,7 @@ def train(
             save_state(state, {**parts, **counts, "generator": generator.get_state()})
 
 
-def arguments(description: str | None, output: str, minutes: float) -> argparse.Namespace:
+def flags(description: str | None, output: str, minutes: float) -> argparse.ArgumentParser:
     """The flags that the scorer and the feature network share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--emoji", type=Path, default=Path(".build/emoji"))
@@ -300,11 +300,11 @@ def arguments(description: str | None, output: str, minutes: float) -> argparse.
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = arguments(__doc__, ".build/features", 35.0)
+    args = flags(__doc__, ".build/features", 32.0).parse_args()
     torch.manual_seed(args.seed + 1)
     pictures = Pictures(args.emoji)
     names = tuple(concept["name"] for concept in pictures.concepts)

@@ -1,9 +1,12 @@
 """Train the text-image scorer, and with it the text encoder of the embedded model.
 
-    OMP_NUM_THREADS=1 python scripts/build_assets/scorer.py --minutes 22
+    OMP_NUM_THREADS=1 python scripts/build_assets/scorer.py --minutes 24
+    OMP_NUM_THREADS=1 python scripts/build_assets/scorer.py --minutes 25 --refine
 
-The same command resumes after an interruption. Writes the scorer and `metrics.json` to
-`--output`; training state lies beside it, in `OUTPUT-state`.
+The first command trains both halves. The second goes on with the image half alone, so that the
+text encoder stays what the text-to-image model was trained with. The same command resumes after
+an interruption. Writes the scorer and `metrics.json` to `--output`; training state lies beside
+it, in `OUTPUT-state` and `OUTPUT-refined-state`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import BACKGROUNDS, SIZE, STYLES
-from features import PALETTE, Augmentation, Budget, Pictures, arguments, share, train
+from features import PALETTE, Augmentation, Budget, Pictures, flags, share, train
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -343,7 +346,9 @@ def build(writer: Writer) -> TextImageScorer:
 
 
 def main() -> None:
-    args = arguments(__doc__, ".build/scorer", 22.0)
+    parser = flags(__doc__, ".build/scorer", 24.0)
+    parser.add_argument("--refine", action="store_true", help="train the image half alone")
+    args = parser.parse_args()
     torch.manual_seed(args.seed + 2)
     pictures = Pictures(args.emoji)
     writer = Writer(pictures)
@@ -356,11 +361,16 @@ def main() -> None:
         return train_step(players, pictures, writer, weights, (args.batch, edge), generator)
 
     state = args.output.with_name(args.output.name + "-state") / "state.pt"
-    train(players, step, budget, state, 2e-3, args.seed)
+    if args.refine:
+        players.load_state_dict(torch.load(state, weights_only=True)["modules"])
+        players.scorer.text_encoder.requires_grad_(False)
+        players.text_heads.requires_grad_(False)
+        state = args.output.with_name(args.output.name + "-refined-state") / "state.pt"
+    train(players, step, budget, state, 2e-3, args.seed + args.refine)
     players.scorer.save(args.output, overwrite=True)
     result = evaluate(TextImageScorer.load(args.output), pictures)
     result |= {"seed": args.seed, "seconds": round(budget.elapsed), "steps": budget.step}
-    result |= {"batch": args.batch, "threads": torch.get_num_threads()}
+    result |= {"batch": args.batch, "threads": torch.get_num_threads(), "refined": args.refine}
     write_json(args.output / "metrics.json", result)
     print(result)
 
