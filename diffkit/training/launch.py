@@ -19,7 +19,7 @@ from diffkit.training.configfile import dump, to_plain
 from diffkit.training.devices import make_accelerator, release_accelerator
 from diffkit.training.folder import RunFolder
 from diffkit.training.registry import method_of
-from diffkit.training.trackers import make_tracker
+from diffkit.training.trackers import make_tracker, require_tracker
 from diffkit.training.trainer import Trainer
 from diffkit.training.validation import Validation
 
@@ -54,10 +54,7 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
     model = build_model(config)
     data = build_data(config, model)
     objective = build_objective(config, model)
-    if main:
-        folder.prepare(config, dump(config))
-    accelerator.wait_for_everyone()
-    fill_caches(config, folder, model, data, accelerator)
+    require_tracker(config.tracker)
     validate = None
     if config.validation_prompts is not None:
         validate = Validation(
@@ -69,6 +66,10 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
             guidance_scale=config.validation_guidance,
             folder=folder.samples if main else None,
         )
+    if main:
+        folder.prepare(config, dump(config))
+    accelerator.wait_for_everyone()
+    fill_caches(config, folder, model, data, accelerator)
     name = config.tracker if main else "none"
     tracker = partial(make_tracker, name, folder.path, config=to_plain(config))
     options: dict[str, Any] = {"validate": validate, "data_identity": data.fingerprint()}

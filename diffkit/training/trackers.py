@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from diffkit.errors import UserError
 
-__all__ = ["Tracker", "make_tracker"]
+__all__ = ["Tracker", "make_tracker", "require_tracker"]
 
 
 class Tracker(Protocol):
@@ -70,12 +71,7 @@ class _TensorBoard:
 
 class _WandB:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        try:
-            wandb: Any = import_module("wandb")
-        except ImportError as error:
-            raise UserError(
-                "tracker: wandb is not installed; pip install wandb, or use --tracker tensorboard."
-            ) from error
+        wandb: Any = import_module("wandb")
         self._wandb = wandb
         self._run = wandb.init(
             project="diffkit",
@@ -96,11 +92,14 @@ class _WandB:
         self._run.finish()
 
 
-def make_tracker(name: str, folder: Path, start: int, config: dict[str, Any]) -> Tracker:
-    """The tracker called `name`; `start` is the step after which the run goes on.
+def require_tracker(name: str) -> None:
+    """Raise `UserError` when the library behind a tracker is missing."""
+    if name != "none" and find_spec(name) is None:
+        raise UserError(f"tracker: {name} is not installed; pip install {name}, or use another.")
 
-    Raises `UserError` when its library is missing.
-    """
+
+def make_tracker(name: str, folder: Path, start: int, config: dict[str, Any]) -> Tracker:
+    """The tracker called `name`; `start` is the step after which the run goes on."""
     if name == "tensorboard":
         return _TensorBoard(folder, start)
     if name == "wandb":

@@ -23,7 +23,14 @@ EVERY = {"moment": 7, "checkpoint": 1}
 
 def start(folder: Path, kind: str, when: str) -> subprocess.Popen[bytes]:
     steps = STEPS if when == "moment" else 12
-    words = ["tests.training.toy", str(folder), kind, str(WIDTH[when]), str(steps), str(EVERY[when])]
+    words = [
+        "tests.training.toy",
+        str(folder),
+        kind,
+        str(WIDTH[when]),
+        str(steps),
+        str(EVERY[when]),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE

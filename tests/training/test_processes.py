@@ -1,0 +1,75 @@
+"""Two gloo processes at the same global batch give the losses of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(processes, words):
+    """The command in `processes` processes, as `accelerate launch --cpu` starts them."""
+    port = free_port()
+    running = []
+    for rank in range(processes):
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": 1,
+        }
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        command = [sys.executable, *map(str, words)]
+        running.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    said = [process.communicate(timeout=400)[1] for process in running]
+    return [process.returncode for process in running], "".join(said)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_equal_one(command, tmp_path, tiny_folder, pictures):
+    flags = ["--max-steps", "6", "--batch-size", "4", "--warmup-steps", "2", "--seed", "3"]
+    flags += ["--lr-schedule", "cosine", "--cache-latents", "--cache-embeddings", "--ema", "0.9"]
+    flags += ["--checkpoint-every", "3", "--tracker", "none", "--learning-rate", "1e-3"]
+    flags += ["--model", tiny_folder("sd-v"), "--data", pictures]
+    assert command(*flags, output=tmp_path / "one") == 0
+    words = ["scripts/train_denoising.py", *flags, "--accumulation", "2"]
+    codes, said = launch(2, [*words, "--output", tmp_path / "two"])
+    assert codes == [0, 0], said
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert (a["lr"], a["samples"], a["epoch"]) == (b["lr"], b["samples"], b["epoch"])
+        assert a["count_by_time"] == b["count_by_time"]
+
+
+@pytest.mark.slow
+def test_two_players_in_two_processes(tmp_path):
+    words = ["-m", "tests.training.toy"]
+    numbers = ["8", "21", "4"]
+    assert launch(1, [*words, tmp_path / "one", "two", *numbers])[0] == [0]
+    codes, said = launch(2, [*words, tmp_path / "two", "two", *numbers])
+    assert codes == [0, 0], said
+    assert len(rows(tmp_path / "two")) == 21
