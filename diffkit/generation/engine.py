@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffkit.console import warn
 from diffkit.errors import RunFailed, UserError
+from diffkit.generation.inpaint import keep_known, takes_masks
 from diffkit.generation.pictures import Size, check_size, fit, read_mask, read_picture
 from diffkit.generation.recipe import Recipe
 from diffkit.generation.schedulers import swap_scheduler
@@ -121,7 +122,8 @@ def render(
     """
     first = recipes[0]
     size = Size(first.width, first.height)
-    kind = _kind(first)
+    picture = None if first.image is None else fit(read_picture(first.image), size)
+    mask = None if first.mask is None else fit(read_mask(first.mask), size)
     arguments: dict[str, Any] = {
         "prompt": [recipe.prompt for recipe in recipes],
         "num_inference_steps": first.steps,
@@ -131,20 +133,36 @@ def render(
     }
     if first.guidance > 1:
         arguments["negative_prompt"] = [recipe.negative for recipe in recipes]
-    if kind != "image2image":
-        arguments |= {"width": size.width, "height": size.height}
-    picture = mask = None
-    if first.image is not None:
-        picture = fit(read_picture(first.image), size)
-        arguments |= {"image": [picture] * len(recipes), "strength": first.strength}
-    if first.mask is not None:
-        mask = fit(read_mask(first.mask), size)
-        arguments["mask_image"] = [mask] * len(recipes)
+    kind, more = _kind(model, recipes, picture, mask)
     with _sampler(model, model.pipeline(kind), first) as pipeline:
-        images: list[Any] = list(pipeline(**arguments).images)
+        images: list[Any] = list(pipeline(**arguments, **more).images)
     if output_type == "pil" and picture is not None and mask is not None:
         images = [Image.composite(image, picture, mask) for image in images]
     return images
+
+
+def _kind(
+    model: LatentDiffusion,
+    recipes: Sequence[Recipe],
+    picture: Image.Image | None,
+    mask: Image.Image | None,
+) -> tuple[PipelineKind, dict[str, Any]]:
+    """The stock pipeline for these recipes, and the arguments that only it takes."""
+    first, count = recipes[0], len(recipes)
+    size = {"width": first.width, "height": first.height}
+    if picture is None:
+        return "text2image", size
+    start = {"image": [picture] * count, "strength": first.strength}
+    if mask is None:
+        return "image2image", start
+    if takes_masks(model):
+        return "inpaint", {**size, **start, "mask_image": [mask] * count}
+    seeds = [recipe.seed for recipe in recipes]
+    keep = {"callback_on_step_end": keep_known(model, picture, mask, seeds)}
+    # At full strength nothing of the repainted part may shine through: it starts as pure noise.
+    if first.strength == 1:
+        return "text2image", {**size, **keep}
+    return "image2image", {**start, **keep}
 
 
 @contextmanager
@@ -164,12 +182,6 @@ def _sampler(model: LatentDiffusion, pipeline: Any, recipe: Recipe) -> Iterator[
         yield pipeline
     finally:
         pipeline.scheduler = own
-
-
-def _kind(recipe: Recipe) -> PipelineKind:
-    if recipe.mask is not None:
-        return "inpaint"
-    return "text2image" if recipe.image is None else "image2image"
 
 
 def in_batches(

@@ -17,6 +17,7 @@ from diffkit.errors import UserError
 from diffkit.files import sha256
 from diffkit.generation.card import read_card
 from diffkit.generation.engine import check_strength, size_rule, weights_digest
+from diffkit.generation.inpaint import takes_masks
 from diffkit.generation.pictures import Size, area_size, parse_size, read_mask, read_picture
 from diffkit.generation.recipe import Recipe, differing_keys
 from diffkit.generation.schedulers import swap_scheduler
@@ -117,6 +118,8 @@ def plan(request: Request, model: LatentDiffusion) -> list[Recipe]:
         guidance = card.guidance(model.family.guidance_scale)
     if request.negative and guidance <= 1:
         raise UserError("--negative: does nothing at a guidance of 1 or below; raise --guidance.")
+    if takes_masks(model) and request.mask is None:
+        raise UserError(f"{request.model}: this model only inpaints; give --image and --mask.")
     size = _size(request, model)
     strength = None
     if request.image is not None:

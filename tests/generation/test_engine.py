@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -102,6 +103,55 @@ def test_inpainting_keeps_the_pixels_outside_the_mask(tiny_sd: Path, tmp_path: P
     assert made.crop(right).tobytes() == before.crop(right).tobytes()
     left = (0, 0, 16, 32)
     assert made.crop(left).tobytes() != before.crop(left).tobytes()
+
+
+def with_channels(folder: Path, network: int, latent: int) -> LatentDiffusion:
+    """The tiny Stable Diffusion with other input and latent channels."""
+    from diffusers import UNet2DConditionModel
+
+    from tests.tiny import vae
+
+    pipeline = load(folder).pipeline()
+    torch.manual_seed(0)
+    config = dict(pipeline.unet.config) | {"in_channels": network, "out_channels": latent}
+    unet = UNet2DConditionModel.from_config(config)
+    parts = pipeline.components | {"vae": vae(latent), "unet": unet}
+    return LatentDiffusion(type(pipeline)(**parts, requires_safety_checker=False))
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++", "heun", "pndm"])
+def test_inpainting_with_any_latent_channels(
+    tiny_sd: Path, tmp_path: Path, strength: float, scheduler: str
+) -> None:
+    """Outside the mask the last latents are the codec's own; inside they follow the prompt."""
+    image, mask = tmp_path / "in.png", tmp_path / "mask.png"
+    Image.effect_noise((32, 32), 80).convert("RGB").save(image)
+    half = Image.new("L", (32, 32))
+    half.paste(255, (0, 0, 16, 32))
+    half.save(mask)
+    model = with_channels(tiny_sd, 8, 8)  # diffusers' own inpainting refuses it
+    request = Request(prompts=("a", "b"), image=image, mask=mask, strength=strength)
+    request = dataclasses.replace(request, model=str(tiny_sd), steps=6, scheduler=scheduler)
+    made = plan(request, model)
+    latents = torch.stack(list(render(model, made, "latent")))
+    pixels = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)[None] / 127.5 - 1
+    known = model.codec.encode(pixels)[0].detach()
+    assert (latents[:, :, :, 8:] - known[:, :, 8:]).abs().max() < 1e-5
+    assert (latents[:, :, :, :8] - known[:, :, :8]).abs().mean() > 0.05
+    alone = torch.as_tensor(render(model, made[1:], "latent")[0])
+    assert (alone - latents[1]).abs().max() < 1e-4
+
+
+def test_a_network_that_takes_masks_gets_them(tiny_sd: Path, tmp_path: Path) -> None:
+    image, mask = tmp_path / "in.png", tmp_path / "mask.png"
+    Image.effect_noise((32, 32), 80).convert("RGB").save(image)
+    Image.linear_gradient("L").save(mask)
+    model = with_channels(tiny_sd, 9, 4)
+    request = Request(prompts=("a",), model=str(tiny_sd), steps=2, image=image, mask=mask)
+    assert render(model, plan(request, model))[0].size == (32, 32)
+    with pytest.raises(UserError, match="only inpaints"):
+        plan(dataclasses.replace(request, mask=None), model)
 
 
 def test_the_models_own_scheduler_comes_back(tiny_sd: Path) -> None:

@@ -14,11 +14,12 @@ from diffkit.generation.recipe import Recipe
 
 _BATCH = 8
 _COLUMNS = 8
+_LARGEST = 16
 
 
 def grid(stage: Stage) -> Panel:
     """One picture of each example prompt."""
-    recipes = plan(_request(stage, stage.prompts), stage.model)
+    recipes = plan(_request(stage, stage.prompts[:_LARGEST]), stage.model)
     pictures = _pictures(stage, recipes)
     return Panel(
         title="Text to image",
@@ -29,23 +30,20 @@ def grid(stage: Stage) -> Panel:
 
 
 def guidance(stage: Stage) -> Panel:
-    """Two prompts at rising guidance scales, the noise held fixed."""
+    """One prompt at rising guidance scales, the noise held fixed."""
     usual = stage.card.guidance(stage.model.family.guidance_scale)
     scales = (1.0, *(round(usual * factor, 1) for factor in (0.5, 1.0, 2.0)))
-    rows = []
-    for prompt in stage.prompts[:2]:
-        request = _request(stage, (prompt,))
-        row = []
-        for scale in scales:
-            recipe = plan(dataclasses.replace(request, guidance=scale), stage.model)[0]
-            row.append(Picture(render(stage.model, [recipe])[0], f"{prompt}; guidance {scale:g}"))
-        rows.append(tuple(row))
+    request = _request(stage, stage.prompts[:1])
+    row = []
+    for scale in scales:
+        recipe = plan(dataclasses.replace(request, guidance=scale), stage.model)[0]
+        row.append(Picture(render(stage.model, [recipe])[0], f"guidance {scale:g}"))
     return Panel(
         title="Guidance",
-        text="The same noise at rising guidance scales: 1 is the model without guidance, "
-        f"{usual:g} is this model's usual value.",
+        text=f'"{stage.prompts[0]}" from the same noise at rising guidance scales: 1 is the model '
+        f"without guidance, {usual:g} is this model's usual value.",
         command=f'diffkit generate "{stage.prompts[0]}" --guidance {usual:g}{_model_flag(stage)}',
-        rows=tuple(rows),
+        rows=(tuple(row),),
     )
 
 
