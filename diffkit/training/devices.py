@@ -12,7 +12,10 @@ from diffkit.console import warn
 from diffkit.errors import UserError
 from diffkit.training.config import TrainConfig
 
-__all__ = ["make_accelerator", "release_accelerator"]
+__all__ = ["DTYPES", "make_accelerator", "release_accelerator"]
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype in which networks compute, by --mixed-precision."""
 
 
 def _wants(name: str) -> bool:
@@ -56,6 +59,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         kwargs_handlers=handlers,
+        fsdp_plugin=_fsdp_plugin(config) if fsdp else None,
         step_scheduler_with_optimizer=False,
     )
     if fsdp and accelerator.distributed_type != DistributedType.FSDP:
@@ -67,6 +71,19 @@ def make_accelerator(config: TrainConfig) -> Any:
         raise UserError("mixed_precision: fp16 needs a CUDA GPU; on this machine use bf16 or no.")
     _warn_slow(config, accelerator)
     return accelerator
+
+
+def _fsdp_plugin(config: TrainConfig) -> Any:
+    """The launch configuration's FSDP settings, with gradients and losses kept in float32."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[config.mixed_precision],
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+    )
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
 def _warn_slow(config: TrainConfig, accelerator: Any) -> None:

@@ -11,10 +11,11 @@ OUTPUT/finished.json    written last
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from diffkit.console import say
 from diffkit.errors import UserError
@@ -49,6 +50,7 @@ class RunFolder:
         self.cache = config.cache or self.path / "cache"
         self.result = self.path / ("model" if config.lora_rank is None else "lora")
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.keep)
+        self._lock: IO[str] | None = None
         self._finished = self.path / "finished.json"
 
     def finished(self, config: TrainConfig) -> bool:
@@ -68,7 +70,8 @@ class RunFolder:
         if not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; an output folder is needed here.")
         if not self.config_file.exists():
-            foreign = [entry.name for entry in self.path.iterdir() if entry != self.cache]
+            own = {self.cache.name, ".lock"}
+            foreign = [entry.name for entry in self.path.iterdir() if entry.name not in own]
             if foreign:
                 raise UserError(
                     f"{self.path}: is not empty and holds no run (no config.yaml, but "
@@ -91,6 +94,26 @@ class RunFolder:
                 f"{self.path}: holds a run of another configuration ({listed}). Give it the same "
                 "one, choose another --output, or throw it away with --overwrite."
             )
+
+    def hold(self) -> None:
+        """Keep other processes out until `release`, or until this one ends in whatever way.
+
+        Raises `UserError` when another one is at work here.
+        """
+        check_writable(self.path)
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{self.path}: another process is training here; wait for it or stop it."
+            ) from error
+
+    def release(self) -> None:
+        """Let others in again."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _steps_made(self) -> int:
         paths = self.checkpoints.paths()

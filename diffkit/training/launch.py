@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-
 from diffkit.console import say
 from diffkit.data.fill import cache_embeddings, cache_latents
 from diffkit.data.hub import load_table, open_source
@@ -16,7 +14,7 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Objective
 from diffkit.training.config import TrainConfig
 from diffkit.training.configfile import dump, to_plain
-from diffkit.training.devices import make_accelerator, release_accelerator
+from diffkit.training.devices import DTYPES, make_accelerator, release_accelerator
 from diffkit.training.folder import RunFolder
 from diffkit.training.registry import method_of
 from diffkit.training.trackers import make_tracker, require_tracker
@@ -26,7 +24,6 @@ from diffkit.training.validation import Validation
 __all__ = ["build_data", "build_model", "build_objective", "fill_caches", "train"]
 
 LORA_NAME = "default"
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(config: TrainConfig) -> int:
@@ -46,6 +43,7 @@ def train(config: TrainConfig) -> int:
         config.check_processes(accelerator.num_processes)
         return _train(config, folder, accelerator)
     finally:
+        folder.release()
         release_accelerator(accelerator)
 
 
@@ -67,6 +65,7 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
             folder=folder.samples if main else None,
         )
     if main:
+        folder.hold()
         folder.prepare(config, dump(config))
     accelerator.wait_for_everyone()
     fill_caches(config, folder, model, data, accelerator)
@@ -90,7 +89,7 @@ def build_model(config: TrainConfig) -> LatentDiffusion:
     else:
         from diffkit.models.lora import add_lora
 
-        model.denoiser.to(_DTYPES[config.mixed_precision])
+        model.denoiser.to(DTYPES[config.mixed_precision])
         options = config.lora_rank, config.lora_alpha, config.lora_targets
         add_lora(model, *options, name=LORA_NAME, seed=config.seed)
     model.denoiser.train()

@@ -17,6 +17,7 @@ from diffkit.errors import RunFailed, UserError
 from diffkit.objectives.base import Phase
 from diffkit.training.checkpoints import Checkpoint, Checkpoints
 from diffkit.training.devices import make_accelerator
+from diffkit.training.folder import RunFolder
 from diffkit.training.players import Player, make_optimizer
 from diffkit.training.signals import StopRequest
 from diffkit.training.trackers import require_tracker
@@ -74,6 +75,17 @@ def test_a_result_that_does_not_fit(command, tiny_folder, capsys):
         assert command("--cache-latents", "--cache-embeddings", "--checkpoint-every", 100) == 1
     assert "size limit" in capsys.readouterr().err
     assert command("--cache-latents", "--cache-embeddings", "--checkpoint-every", 100) == 0
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    first, second = RunFolder(config_for(tmp_path)), RunFolder(config_for(tmp_path))
+    first.hold()
+    with pytest.raises(UserError, match="another process"):
+        second.hold()
+    first.release()
+    second.release()
+    second.hold()
+    second.release()
 
 
 def test_unwritable_output(tmp_path):

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,3 +75,21 @@ def test_two_players_in_two_processes(tmp_path):
     codes, said = launch(2, [*words, tmp_path / "two", "two", *numbers])
     assert codes == [0, 0], said
     assert len(rows(tmp_path / "two")) == 21
+
+
+@pytest.mark.slow
+def test_sharded_state_is_plain_state(tmp_path):
+    """FSDP2 over two CPU processes writes what one plain process writes, and reads it back."""
+    module = ["-m", "tests.training.sharded", tmp_path]
+    for processes, mode in ((1, "plain"), (2, "sharded"), (2, "resume")):
+        codes, said = launch(processes, [*module, mode])
+        assert codes == [0] * processes, said
+    for name in ("weights", "optimizer", "average", "result"):
+        plain, sharded, resumed = (
+            load_file(tmp_path / f"{place}{name}.safetensors")
+            for place in ("", "sharded/", "resumed-")
+        )
+        assert plain.keys() == sharded.keys() == resumed.keys()
+        assert all(plain[key].shape == resumed[key].shape for key in plain)
+        for key, value in plain.items():
+            torch.testing.assert_close(sharded[key], value)
