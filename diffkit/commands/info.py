@@ -163,7 +163,7 @@ def _text(report: dict[str, Any]) -> str:
             "components and parameters",
             *table,
             "",
-            f"schedule: {schedule['kind']}, {schedule['prediction_type']} prediction, "
+            f"schedule: {schedule['kind']}, predicts {schedule['prediction_type']}, "
             f"{schedule['train_timesteps']} training times, terminal SNR {terminal} "
             f"({schedule['scheduler']})",
             f"capabilities: {', '.join(report['capabilities'])}",

@@ -72,7 +72,7 @@ def test_the_text_names_everything(tiny_sdxl: Path, capsys: pytest.CaptureFixtur
         "Stable Diffusion XL",
         "text_encoder_2",
         "UNet2DConditionModel",
-        "epsilon prediction",
+        "predicts epsilon",
         "micro_conditioning",
         "denoiser, a call",
         "memory",

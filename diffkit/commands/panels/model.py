@@ -24,7 +24,7 @@ def what_it_is(stage: Stage) -> Panel:
         table=(
             ("family", model.family.name),
             *parts,
-            ("schedule", f"{schedule.kind}, {schedule.prediction_type} prediction"),
+            ("schedule", f"{schedule.kind}, predicts {schedule.prediction_type}"),
             ("picture", f"{size} pixels"),
             (
                 "work a picture",
