@@ -14,7 +14,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffkit.files import write_json
 from diffkit.models.latent_diffusion import LatentDiffusion
 
 
@@ -77,7 +76,6 @@ def main() -> None:
     model = LatentDiffusion(assemble(args.vae, args.scorer, args.seed))
     model.save(args.output, overwrite=True)
     parts = {k: sum(p.numel() for p in m.parameters()) for k, m in model.networks.items()}
-    write_json(args.output / "diffkit.json", {"parameters": parts})
     print(parts)
 
 
