@@ -1,16 +1,21 @@
 """Write the embedded model's part of README.md: `python scripts/build_assets/readme.py`.
 
-Draws one picture for each of 64 captions through `diffkit generate`'s own engine, saves the contact
-sheet to `assets/contact_sheet.png`, and fills the text between the markers from the committed
-`assets/gates.json`, which `gates.py` wrote.
+Runs `diffkit generate` on 64 captions, one a concept, keeps its contact sheet as
+`assets/contact_sheet.png`, and fills the text between the markers from `assets/gates.json`, which
+`gates.py` wrote.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
+from common import STYLES
+from gates import read_pairs
+
+from diffkit.cli import main as diffkit
 from diffkit.files import atomic_write, read_json
 from diffkit.generation.card import read_card
 
@@ -20,41 +25,67 @@ ROWS = (
     ("concept in its top 5", "concept_top5"),
     ("concept, by the nearest real picture", "concept_nearest"),
     ("style, by the feature network", "style"),
+    ("style, by the nearest real picture", "style_nearest"),
     ("background colour", "background"),
 )
 
 
-def section(gates: dict[str, Any], card_steps: int) -> str:
+def captions(data: Path) -> list[str]:
+    """One caption a concept, the styles in turn."""
+    by_concept: dict[str, dict[str, str]] = {}
+    for pair in read_pairs(data, heldout=False):
+        by_concept.setdefault(pair.concept, {})[pair.style] = pair.caption
+    chosen = []
+    for i, styles in enumerate(by_concept.values()):
+        turned = [STYLES[(i + k) % len(STYLES)] for k in range(len(STYLES))]
+        chosen.append(next(styles[style] for style in turned if style in styles))
+    return chosen
+
+
+def draw_sheet(data: Path, work: Path, target: Path) -> None:
+    """The contact sheet of `diffkit generate`, with the seeds 0, 1, 2 ..."""
+    prompts = work.with_suffix(".txt")
+    with atomic_write(prompts, "w") as file:
+        file.write("\n".join(captions(data)) + "\n")
+    words = ["generate", "--prompts", prompts, "--batch-size", 16, "--output", work, "--overwrite"]
+    if code := diffkit([str(word) for word in words]):
+        raise SystemExit(code)
+    shutil.copyfile(work / "contact_sheet.png", target)
+
+
+def section(gates: dict[str, Any], steps: int) -> str:
     """Markdown of the contact sheet and the scores."""
     trained, heldout = gates["trained_pairs"], gates["heldout_pairs"]
     lines = [
         BEGIN,
         "![64 captions, one picture each](assets/contact_sheet.png)",
         "",
-        f"One picture for each of 64 captions, {card_steps} steps, guidance "
-        f"{gates['guidance_scale']:g}. Scores over {gates['samples_per_caption']} samples a caption "
-        f"(n = {trained['n']} on pairs of concept and style that were trained on, n = "
-        f"{heldout['n']} on pairs held out of training), printed by "
-        "`python scripts/build_assets/gates.py`:",
+        f"One picture for each of 64 captions, seeds 0 to 63, {steps} steps, guidance "
+        f"{gates['guidance_scale']:g}. The scores below are over "
+        f"{gates['samples_per_caption']} samples a caption: n = {trained['n']} on pairs of concept "
+        f"and style that were trained on, n = {heldout['n']} on pairs held out of training. "
+        "`python scripts/build_assets/gates.py` prints them.",
         "",
         "| the picture shows its caption's | trained pairs | held-out pairs |",
         "| --- | --- | --- |",
     ]
     lines += [f"| {name} | {trained[key]:.1%} | {heldout[key]:.1%} |" for name, key in ROWS]
-    return "\n".join([*lines, "", gates["note"], END])
+    return "\n".join([*lines, END])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path(".build/emoji/t2i-64"))
     parser.add_argument("--gates", type=Path, default=Path("assets/gates.json"))
+    parser.add_argument("--work", type=Path, default=Path(".build/sheet"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args()
+    draw_sheet(args.data, args.work, args.gates.with_name("contact_sheet.png"))
     text = args.readme.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    part = section(read_json(args.gates), read_card("embedded").steps)
     with atomic_write(args.readme, "w") as file:
-        file.write(before + part + after)
+        file.write(before + section(read_json(args.gates), read_card("embedded").steps) + after)
 
 
 if __name__ == "__main__":
