@@ -69,26 +69,44 @@ class ImageTrunk(nn.Module):
             for _ in range(depth - 1):
                 self.blocks.append(_Residual(channels_out, channels_out, 1))
 
+    @property
+    def pooled_sizes(self) -> list[int]:
+        """Channels of the stem and of every block, in order."""
+        repeats = zip(self.widths[1:], self.depths, strict=True)
+        return [self.widths[0], *(width for width, depth in repeats for _ in range(depth))]
+
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [-1, 1] to vectors (B, widths[-1]), float32.
 
         Pictures of another size than 64 x 64 are resized with an antialiasing bilinear filter.
         Raises `UserError` for integer pixels or another number of channels than three.
         """
+        return self.pooled(self.prepare(images))[-1]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Check images, and bring them to float32 and 64 x 64 pixels; raises as `forward` does."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise UserError(
                 f"images: shape {tuple(images.shape)} and dtype {images.dtype} cannot be scored; "
                 "give a float tensor of shape (B, 3, H, W) with values in [-1, 1]."
             )
         x = images.float()
-        if x.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
-            size = (IMAGE_SIZE, IMAGE_SIZE)
-            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-        return self.at_resolution(x)
+        if x.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):
+            return x
+        size = (IMAGE_SIZE, IMAGE_SIZE)
+        return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
 
-    def at_resolution(self, x: Tensor) -> Tensor:
-        """The same map without the resizing; training begins with smaller, cheaper pictures."""
-        return self.blocks(torch.relu(self.norm(self.stem(x)))).mean((2, 3))
+    def pooled(self, x: Tensor) -> list[Tensor]:
+        """Spatial means (B, C) after the stem and after every block, at the resolution of `x`.
+
+        Training begins with smaller, cheaper pictures, so nothing is resized here.
+        """
+        x = torch.relu(self.norm(self.stem(x)))
+        means = [x.mean((2, 3))]
+        for block in self.blocks:
+            x = block(x)
+            means.append(x.mean((2, 3)))
+        return means
 
 
 @dataclass(frozen=True)
@@ -104,8 +122,9 @@ class FeatureNetworkConfig:
 class FeatureNetwork(nn.Module):
     """Features, concept and style of small pictures.
 
-    `features` gives the vector a set distance is computed on; two linear heads on it name what a
-    picture shows (`concepts`) and how it is drawn (`styles`).
+    `features` gives the vector a set distance is computed on. Two linear heads name what a picture
+    shows (`concepts`, read from the features) and how it is drawn (`styles`, read from the means
+    of all blocks: a style shows in textures, which the last block has forgotten).
     """
 
     def __init__(self, config: FeatureNetworkConfig) -> None:
@@ -113,7 +132,7 @@ class FeatureNetwork(nn.Module):
         self.config = config
         self.trunk = ImageTrunk(config.widths, config.depths)
         self.concept_head = nn.Linear(config.widths[-1], len(config.concepts))
-        self.style_head = nn.Linear(config.widths[-1], len(config.styles))
+        self.style_head = nn.Linear(sum(self.trunk.pooled_sizes), len(config.styles))
 
     @property
     def feature_size(self) -> int:
@@ -127,8 +146,12 @@ class FeatureNetwork(nn.Module):
 
     def classify(self, images: Tensor) -> dict[str, Tensor]:
         """Unnormalised log-probabilities {"concept": (B, K), "style": (B, S)}, float32."""
-        features = self.features(images)
-        return {"concept": self.concept_head(features), "style": self.style_head(features)}
+        return self.heads(self.trunk.pooled(self.trunk.prepare(images)))
+
+    def heads(self, pooled: list[Tensor]) -> dict[str, Tensor]:
+        """The logits of `classify` from the means that `ImageTrunk.pooled` gives."""
+        style = self.style_head(torch.cat(pooled, -1))
+        return {"concept": self.concept_head(pooled[-1]), "style": style}
 
     forward = classify
 

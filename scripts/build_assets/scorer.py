@@ -255,7 +255,7 @@ def train_step(
     scorer, tower = players.scorer, players.scorer.tower
     images, seen = picture_batch(pictures, weights, shape, g)
     said = caption_batch(writer, pictures.heldout, seen, g)
-    features = tower.trunk.at_resolution(images)
+    features = tower.trunk.pooled(images)[-1]
     pooled, states = text_states(scorer, said.texts, g)
     text = F.normalize(tower.text_projection(pooled), dim=-1)
     image = F.normalize(tower.image_projection(features), dim=-1)

@@ -89,6 +89,17 @@ def test_trunk_halves_the_resolution_in_every_stage() -> None:
     assert trunk.blocks(torch.zeros(1, 4, 32, 32)).shape == (1, 8, 8, 8)
 
 
+def test_pooled_means_belong_to_stem_and_blocks() -> None:
+    trunk = ImageTrunk((4, 6, 8), (1, 2)).eval()
+    images = pictures(2)
+    means = trunk.pooled(images)
+    assert [mean.shape for mean in means] == [(2, size) for size in trunk.pooled_sizes]
+    assert trunk.pooled_sizes == [4, 6, 8, 8]
+    stem = torch.relu(trunk.norm(trunk.stem(images)))
+    torch.testing.assert_close(means[0], stem.mean((2, 3)))
+    assert torch.equal(means[-1], trunk(images))
+
+
 @pytest.mark.parametrize(
     "images",
     [
