@@ -96,6 +96,9 @@ class Trainer:
             for name, module in objective.players().items()
         }
         config.check_processes(accelerator.num_processes)
+        if len(self.phases) > 1 and accelerator.ddp_handler is not None:
+            # A phase may leave some of its player's parameters unused.
+            accelerator.ddp_handler.find_unused_parameters = True
         for player in self.players.values():
             player.wrap(accelerator)
             if config.compile:

@@ -157,6 +157,14 @@ class TwoPlayers(ToyObjective):
         return 0.1 * draws[1]
 
 
+def still(width):
+    """Two players without dropout, whose masks depend on the split of the batch."""
+    objective = TwoPlayers(width)
+    for module in objective.modules.values():
+        module.net[2].p = 0.0
+    return objective
+
+
 def config_for(output, **changes):
     base = TrainConfig(
         data="toy",
@@ -193,7 +201,7 @@ def train(config, objective, stop_in=None):
 
 
 if __name__ == "__main__":
-    kind = {"one": ToyObjective, "two": TwoPlayers}[sys.argv[2]]
+    kind = {"one": ToyObjective, "two": TwoPlayers, "still": still}[sys.argv[2]]
     width, steps, every = map(int, sys.argv[3:6])
     settings = config_for(sys.argv[1], max_steps=steps, checkpoint_every=every, log_every=1)
     sys.exit(train(settings, kind(width)))
