@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -199,23 +200,25 @@ def parts_of(loop: PlainLoop, repeats: int = 10) -> dict[str, float]:
     return {"t_encode": statistics.median(encode), "t_step": statistics.median(rest)}
 
 
-def alone(setting: Setting, which: str, steps: int = 12) -> int:
-    """Peak bytes of this process after running one of the loops."""
+def alone(setting: Setting, which: str, blocks: int = 6) -> int:
+    """Peak bytes of this process after running one of the loops for some blocks of steps."""
+    steps = blocks * setting.block
     if which == "plain":
         order = [[i % setting.batch for i in range(setting.batch)]] * steps
         loop = PlainLoop(setting.model, setting.data, order, setting.precision, setting.workers)
         for _ in range(steps):
             loop.step()
     else:
-        config = setting.config(f"alone-{which}", steps, which == "cached")
+        # One block more, in which our loop writes a checkpoint; the plain loop writes none.
+        name = f"alone-{os.getpid()}"
+        config = setting.config(name, steps + setting.block, which == "cached")
         peaks: list[int] = []
-        # Before the result is saved, which the plain loop does not do.
         ours(config, lambda data, model: lambda done, tracker: peaks.append(paired.peak_memory()))
-        return peaks[0]
+        return peaks[blocks - 1]
     return paired.peak_memory()
 
 
-def memory(setting: Setting, repeats: int = 3) -> dict[str, Any]:
+def memory(setting: Setting, repeats: int) -> dict[str, Any]:
     """Peak memory of each loop in processes of their own, the median of some, turn by turn."""
     words = [str(value) for value in vars(setting).values()]
     runs: dict[str, list[int]] = {"plain": [], "ours": [], "cached": []}
@@ -232,7 +235,7 @@ def memory(setting: Setting, repeats: int = 3) -> dict[str, Any]:
     }
 
 
-def measure(setting: Setting, output: Path) -> None:
+def measure(setting: Setting, repeats: int, output: Path) -> None:
     """All comparisons, written to OUTPUT/training.json."""
     results: dict[str, Any] = {"setting": vars(setting)}
     ratios = []
@@ -245,7 +248,7 @@ def measure(setting: Setting, output: Path) -> None:
         results[name] = {"losses": losses, **parts, "bound": bound, "reached": found.low >= bound}
         print(f"{found.line()}, lower end to reach: {bound:.3f}", flush=True)
         ratios.append(found)
-    results["memory"] = memory(setting)
+    results["memory"] = memory(setting, repeats)
     paired.save(output / "training.json", results, ratios)
 
 
@@ -280,11 +283,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="of both loops")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--block", type=int, default=3, help="steps measured at a time")
+    parser.add_argument("--repeats", type=int, default=3, help="processes a loop for its memory")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     options = parser.parse_args(words)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        measure(setting_of(options, scratch), options.output)
+        measure(setting_of(options, scratch), options.repeats, options.output)
     return 0
 
 

@@ -52,6 +52,7 @@ def test_the_whole_benchmark_writes_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model", "tiny", "--batch", "2", "--pairs", "2", "--block", "1", "--workers", "1"]
+    flags += ["--repeats", "1"]
     try:
         assert training.main([*flags, "--output", str(tmp_path)]) == 0
     finally:
