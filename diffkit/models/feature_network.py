@@ -132,7 +132,10 @@ class FeatureNetwork(nn.Module):
         self.config = config
         self.trunk = ImageTrunk(config.widths, config.depths)
         self.concept_head = nn.Linear(config.widths[-1], len(config.concepts))
-        self.style_head = nn.Linear(sum(self.trunk.pooled_sizes), len(config.styles))
+        size = sum(self.trunk.pooled_sizes)
+        # Means of different blocks differ a lot in scale; unscaled, the head hardly learns.
+        self.style_norm = nn.BatchNorm1d(size, affine=False)
+        self.style_head = nn.Linear(size, len(config.styles))
 
     @property
     def feature_size(self) -> int:
@@ -150,7 +153,7 @@ class FeatureNetwork(nn.Module):
 
     def heads(self, pooled: list[Tensor]) -> dict[str, Tensor]:
         """The logits of `classify` from the means that `ImageTrunk.pooled` gives."""
-        style = self.style_head(torch.cat(pooled, -1))
+        style = self.style_head(self.style_norm(torch.cat(pooled, -1)))
         return {"concept": self.concept_head(pooled[-1]), "style": style}
 
     forward = classify
