@@ -63,6 +63,8 @@ class StreamedData:
         seed: that of the run.
         crop, flip: see `TrainingData`.
         buffer: rows, encoded, among which the next one is drawn.
+        captions: every sample needs one: a stream without captions is refused, a row without one
+            is named and left out.
 
     Rows whose picture has no readable header are named and left out. Raises `UserError`.
     """
@@ -82,6 +84,7 @@ class StreamedData:
         image_column: str | None = None,
         caption_column: str | None = None,
         label_column: str | None = None,
+        captions: bool = False,
     ) -> None:
         import datasets
 
@@ -92,6 +95,12 @@ class StreamedData:
         self.columns = find_columns(
             table.features, place, image_column, caption_column, label_column
         )
+        if captions and self.columns.caption is None:
+            raise UserError(
+                f"{place}: has no column of captions, and training on text needs one for each "
+                "picture; name it with --caption-column."
+            )
+        self.captions = captions
         self.table = table.cast_column(self.columns.image, datasets.Image(decode=False))
         self.place = place
         self.target = plan_buckets(resolution, multiple, 1.0)[0]
@@ -177,6 +186,8 @@ class StreamedData:
             sample = Sample(shard * _ROWS + number, name, captions, label, extras)
             encoded = encoded_of(values[columns.image])
             try:
+                if self.captions and not captions:
+                    raise BadImage("no caption")
                 yield _Row(sample, epoch, encoded, read_header(encoded))
             except BadImage as error:
                 if epoch == 0:

@@ -140,6 +140,10 @@ class TrainConfig:
             decay_steps=self.decay(),
         )
 
+    def needs_captions(self) -> bool:
+        """Whether pictures without a caption would be trained on, silently, as if it were empty."""
+        return True
+
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work on any machine."""
         self._check_ranges()

@@ -9,6 +9,7 @@ from diffkit.console import say
 from diffkit.data.fill import cache_embeddings, cache_latents
 from diffkit.data.hub import load_table, open_source
 from diffkit.data.loader import TrainingData
+from diffkit.data.scan import require_captions
 from diffkit.data.stream import StreamedData
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Objective
@@ -117,8 +118,11 @@ def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData | St
     }
     if config.streaming:
         table = load_table(config.data, config.split, streaming=True)
+        columns["captions"] = config.needs_captions()
         return StreamedData(table, config.data, **options, **columns)
     source = open_source(config.data, split=config.split, **columns)
+    if config.needs_captions():
+        require_captions(source)
     return TrainingData(source, max_aspect=config.max_aspect, **options)
 
 

@@ -19,6 +19,10 @@ class DenoisingTraining(TrainConfig):
 
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
 
+    def needs_captions(self) -> bool:
+        """Unless all of them are dropped."""
+        return self.denoising.condition_dropout < 1
+
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""
         super().check()
