@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 __all__ = ["progress", "quiet", "say", "set_quiet", "warn"]
 
 T = TypeVar("T")
+LINE_EVERY = 10.0  # seconds
 _quiet = False
 
 
@@ -33,18 +35,37 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def warn(text: str) -> None:
-    """One line that must be seen even by those who asked for silence."""
-    if os.environ.get("RANK", "0") == "0":
+def warn(text: str, anywhere: bool = False) -> None:
+    """One line that must be seen even by those who asked for silence.
+
+    `anywhere`: from other processes too, for what only one of them meets.
+    """
+    if anywhere or os.environ.get("RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items` under a progress bar named `label`, shown on a terminal only."""
-    if quiet() or not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
+    """Iterate over `items` and show how far it is.
 
-    yield from track(items, label, total=total, console=Console(stderr=True), transient=True)
+    On a terminal a bar named `label`; in a log file a line every `LINE_EVERY` seconds.
+    """
+    if quiet():
+        yield from items
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, label, total=total, console=Console(stderr=True), transient=True)
+    else:
+        yield from _lines(items, label, total)
+
+
+def _lines(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+    total = len(items) if total is None and isinstance(items, Sized) else total
+    of = "" if total is None else f" of {total}"
+    shown = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - shown > LINE_EVERY:
+            shown = time.monotonic()
+            say(f"{label}: {done}{of}")
+        yield item
