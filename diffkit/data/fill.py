@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from diffkit.console import progress
 from diffkit.data.cache import EmbeddingCache, LatentCache
+from diffkit.data.images import BadImage
 from diffkit.data.loader import TrainingData, read_pixels
 from diffkit.data.scan import threaded
 from diffkit.data.transforms import View, to_float
-from diffkit.errors import RunFailed, UserError
+from diffkit.errors import UserError
 
 if TYPE_CHECKING:
     from diffkit.models.codec import Codec
@@ -41,8 +42,8 @@ def cache_latents(
 
     All views of every picture are stored, so mirrored ones too. The processes must wait for one
     another before the first batch. Returns the number of pictures encoded here; what is there
-    already is not encoded again. Raises `UserError` for random crops, of which there is no end, and
-    `RunFailed` naming every picture that could not be decoded, after all others are done.
+    already is not encoded again. A picture that cannot be decoded gets no entry; `data` names it
+    and takes another one for it. Raises `UserError` for random crops, of which there is no end.
     """
     if data.transform.crop == "random":
         raise UserError(
@@ -60,31 +61,28 @@ def cache_latents(
         return [item for item in keyed if not cache.has(item[2])]
 
     todo = [item for items in threaded(missing, len(mine), "Checking latents") for item in items]
-    broken: list[str] = []
     done = 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for part in progress(_parts(todo, batch_size), "Encoding pictures"):
             pixels = list(pool.map(lambda item: _pixels(data, *item[:2]), part))
-            keys = [item[2] for item, value in zip(part, pixels) if not isinstance(value, str)]
-            broken += [value for value in pixels if isinstance(value, str)]
+            keys = [item[2] for item, value in zip(part, pixels) if value is not None]
             if keys:
-                images = to_float([value for value in pixels if not isinstance(value, str)])
+                images = to_float([value for value in pixels if value is not None])
                 with torch.no_grad():
                     moments = codec.encode_moments(images.to(codec.device)).float().cpu()
                 list(pool.map(lambda key, row: cache.write(key, {"moments": row}), keys, moments))
                 done += len(keys)
-    if broken:
-        raise RunFailed("\n".join(broken))
     data.latents = cache
     return done
 
 
-def _pixels(data: TrainingData, position: int, view: View) -> NDArray[np.uint8] | str:
+def _pixels(data: TrainingData, position: int, view: View) -> NDArray[np.uint8] | None:
     index = data.kept[position]
     try:
         return read_pixels(data.source.encoded(index), data.source[index], view)
-    except RunFailed as error:
-        return str(error)
+    except BadImage as error:
+        data.broken.add(data.source[index], error)
+        return None
 
 
 def _parts(

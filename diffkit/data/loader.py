@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffkit.console import warn
 from diffkit.data.batch import Batch
 from diffkit.data.buckets import assign_buckets, plan_buckets
 from diffkit.data.cache import EmbeddingCache, LatentCache
@@ -25,7 +27,7 @@ from diffkit.errors import RunFailed
 from diffkit.models.conditioner import Conditioning, Sizes
 from diffkit.randomness import SampleKeys, integers
 
-__all__ = ["Loaded", "TrainingData", "assemble", "draw_caption", "read_pixels"]
+__all__ = ["BrokenPictures", "Loaded", "TrainingData", "assemble", "draw_caption", "read_pixels"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,36 @@ class Loaded:
     embedding: dict[str, Tensor] | None
 
 
+class BrokenPictures:
+    """Names every picture that cannot be decoded, once, whichever thread meets it."""
+
+    def __init__(self) -> None:
+        self._named: set[int] = set()
+        self._lock = threading.Lock()
+
+    def add(self, sample: Sample, error: BadImage) -> None:
+        """A picture was found broken; the caller takes another one for it."""
+        with self._lock:
+            if sample.index in self._named:
+                return
+            self._named.add(sample.index)
+        warn(
+            f"{sample.name}: cannot be decoded ({error}); another picture takes its place. "
+            "`diffkit data check` names every such file.",
+            anywhere=True,
+        )
+
+
 class TrainingData:
     """The endless, addressed sequence of batches of an image set.
 
     Every batch is a pure function of the step: it does not depend on earlier calls, on threads, or
     on how many processes share it. The order is that of `BatchSampler`; crops, flips and the
     choice among several captions are drawn at (seed, epoch, sample).
+
+    A picture whose header is whole and whose pixels are not is named, and stays in the set, so that
+    the order of the others and the fingerprint do not depend on when it is found: each of its
+    visits goes to the next readable picture of its bucket, as that one looks in the same epoch.
 
     Arguments:
         source: the pictures; those without a readable header are named and left out.
@@ -84,6 +110,7 @@ class TrainingData:
         self.sampler = BatchSampler(self.bucket_of, batch_size, seed)
         self.latents: LatentCache | None = None
         self.embeddings: EmbeddingCache | None = None
+        self.broken = BrokenPictures()
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -109,8 +136,8 @@ class TrainingData:
     ) -> Batch:
         """The micro-batch `micro` of `accumulation` that process `rank` of `world` takes in `step`.
 
-        All numbers count from 0. Raises `UserError` when the batch size cannot be shared evenly and
-        `RunFailed` naming a picture that cannot be decoded.
+        All numbers count from 0. Raises `UserError` when the batch size cannot be shared evenly,
+        and `RunFailed` for a picture that is gone and for a bucket without a readable one.
         """
         pairs = self.sampler.batch(step)
         rows = share(self.sampler.batch_size, rank, world, micro, accumulation)
@@ -145,7 +172,24 @@ class TrainingData:
         return prefetch(plans, start, self._join, workers=workers, ahead=ahead)
 
     def load(self, position: int, epoch: int) -> Loaded:
-        """One sample: the picture at `position` of `kept` as it is seen in `epoch`."""
+        """One sample: the picture at `position` of `kept` as it is seen in `epoch`.
+
+        The next readable one of its bucket if it is broken.
+        """
+        count = len(self.kept)
+        for offset in range(count):
+            other = (position + offset) % count
+            if self.bucket_of[other] == self.bucket_of[position]:
+                try:
+                    return self._load(other, epoch)
+                except BadImage as error:
+                    self.broken.add(self.source[self.kept[other]], error)
+        raise RunFailed(
+            f"No picture of the size {self.target(position)} (height, width) can be decoded; "
+            "`diffkit data check` says what is wrong with each."
+        )
+
+    def _load(self, position: int, epoch: int) -> Loaded:
         sample = self.source[self.kept[position]]
         size = self.sizes[position]
         view = self.transform.view(size, self.target(position), self.seed, epoch, sample.index)
@@ -163,6 +207,7 @@ class TrainingData:
     def _moments(self, cache: LatentCache, sample: Sample, view: View) -> Tensor:
         entry = cache.read(cache.key(self.source.identity(sample.index), view))
         if entry is None:
+            read_pixels(self.source.encoded(sample.index), sample, view)  # a broken one has none
             raise RunFailed(_lost(f"latents of {sample.name}", cache))
         return entry["moments"]
 
@@ -190,13 +235,20 @@ def draw_caption(sample: Sample, seed: int, epoch: int) -> str:
 
 
 def read_pixels(encoded: Encoded, sample: Sample, view: View) -> NDArray[np.uint8]:
-    """The pixels of a view, (H, W, 3). Raises `RunFailed` naming a picture that is broken."""
+    """The pixels of a view, (H, W, 3).
+
+    Raises `BadImage` for a picture that is broken, and `RunFailed` naming one that the disk does
+    not give: it may come back, and must not be taken for broken until then.
+    """
     try:
         return render(encoded, view)
     except BadImage as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno is None:
+            raise
         raise RunFailed(
-            f"{sample.name}: cannot be decoded ({error}). Replace or remove it; "
-            "`diffkit data check` names every such file."
+            f"{sample.name}: cannot be read ({error}). Bring it back and run the same command "
+            "again: it goes on from the last checkpoint."
         ) from error
 
 

@@ -5,7 +5,9 @@ is divisible by the number of processes, every process reads its own ones (rank,
 of that order); otherwise every process reads all of them and keeps each world-th row. The rows pass
 a buffer of `buffer` rows: the k-th row that a process hands out is taken from the place drawn at
 (seed, rank, world, k, "buffer"), and the next row of the stream takes its place, across epoch
-borders. A row keeps its own (epoch, shard, row) address for all further draws.
+borders. A row keeps its own (epoch, shard, row) address for all further draws. A row whose picture
+turns out to be broken is named, and gives way to the row that took its place in the buffer, or to
+the first readable one of those behind it there.
 
 What holds: for equal seed, shards, buffer and number of processes the sequence is equal, whatever
 the accumulation, threads or interruptions. What does not hold, unlike `TrainingData`: the sequence
@@ -29,12 +31,12 @@ from diffkit.data.batch import Batch
 from diffkit.data.buckets import plan_buckets
 from diffkit.data.columns import captions_of, encoded_of, find_columns, label_of
 from diffkit.data.images import BadImage, read_header
-from diffkit.data.loader import Loaded, assemble, draw_caption, read_pixels
+from diffkit.data.loader import BrokenPictures, Loaded, assemble, draw_caption, read_pixels
 from diffkit.data.prefetch import prefetch
 from diffkit.data.records import Encoded, Sample, Size
 from diffkit.data.sampler import share
 from diffkit.data.transforms import Crop, Transform
-from diffkit.errors import UserError
+from diffkit.errors import RunFailed, UserError
 from diffkit.randomness import integers, permutation
 
 __all__ = ["StreamedData"]
@@ -101,6 +103,7 @@ class StreamedData:
                 "picture; name it with --caption-column."
             )
         self.captions = captions
+        self.broken = BrokenPictures()
         self.table = table.cast_column(self.columns.image, datasets.Image(decode=False))
         self.place = place
         self.target = plan_buckets(resolution, multiple, 1.0)[0]
@@ -144,8 +147,8 @@ class StreamedData:
             plans, start, lambda parts: assemble(self.seed, parts), workers=workers, ahead=ahead
         )
 
-    def rows(self, rank: int, world: int) -> Iterator[_Row]:
-        """The endless, shuffled rows of one process."""
+    def rows(self, rank: int, world: int) -> Iterator[list[_Row]]:
+        """The endless, shuffled rows of one process, each with those that may stand in for it."""
         held: list[_Row] = []
         given = 0
         for row in self._unshuffled(rank, world):
@@ -155,7 +158,7 @@ class StreamedData:
             place = int(integers(0, len(held), (), self.seed, rank, world, given, "buffer"))
             held[place], chosen = row, held[place]
             given += 1
-            yield chosen
+            yield [chosen, *held[place:], *held[:place]]
 
     def _unshuffled(self, rank: int, world: int) -> Iterator[_Row]:
         shards = int(self.table.num_shards)
@@ -194,9 +197,15 @@ class StreamedData:
                     warn(f"{name}: left out ({error})")
                 yield None
 
-    def _load(self, row: _Row) -> Loaded:
-        sample = row.sample
-        view = self.transform.view(row.size, self.target, self.seed, row.epoch, sample.index)
-        pixels = read_pixels(row.encoded, sample, view)
-        caption = draw_caption(sample, self.seed, row.epoch)
-        return Loaded(sample, row.epoch, view, caption, pixels, None, None)
+    def _load(self, rows: list[_Row]) -> Loaded:
+        for row in rows:
+            sample = row.sample
+            view = self.transform.view(row.size, self.target, self.seed, row.epoch, sample.index)
+            try:
+                pixels = read_pixels(row.encoded, sample, view)
+            except BadImage as error:
+                self.broken.add(sample, error)
+                continue
+            caption = draw_caption(sample, self.seed, row.epoch)
+            return Loaded(sample, row.epoch, view, caption, pixels, None, None)
+        raise RunFailed(f"{self.place}: none of {len(rows)} pictures in the buffer can be decoded.")

@@ -10,6 +10,7 @@ import torch
 
 from diffkit.data.folder import ImageFolder
 from diffkit.data.loader import TrainingData
+from diffkit.data.transforms import to_float
 from diffkit.errors import RunFailed, UserError
 from tests.data.pictures import noise, picture_folder
 
@@ -128,20 +129,43 @@ def test_bad_headers_are_left_out_and_the_rest_trains(folder, tmp_path, capsys):
     assert seen == {f"{n:03}.png" for n in (0, 1, 2, 4, 5)}
 
 
-def test_a_picture_that_breaks_later_is_named(tmp_path):
-    """Its header is whole, its pixels are not: the run ends with its name instead of hanging."""
-    picture_folder(tmp_path, 8)
-    path = tmp_path / "005.png"
-    path.write_bytes(path.read_bytes()[:-300])
-    data = training_data(tmp_path)
-    with pytest.raises(RunFailed, match=r"005.png: cannot be decoded"):
-        list(data.batches(0, 4))
-    with pytest.raises(RunFailed, match=r"005.png"):
-        for step in range(4):
-            data.batch(step)
+def break_off(folder, *numbers):
+    """Cut pictures so that their headers stay whole and their pixels do not."""
+    for number in numbers:
+        path = folder / f"{number:03}.png"
+        path.write_bytes(path.read_bytes()[:-300])
+
+
+def test_a_picture_that_breaks_later_gives_way_to_its_neighbour(tmp_path, capsys):
+    """One truncated file among thousands ended a run, with the advice to remove it; but without it
+    the fingerprint was another, and the run could not go on. Now the next picture of its bucket
+    stands in, everything else stays what it was, and the file is named once.
+    """
+    picture_folder(tmp_path, 12, SIZES)
+    good = training_data(tmp_path, max_aspect=2.0)
+    expected = [good.batch(step) for step in range(12)]
+    break_off(tmp_path, 4, 7)  # two of one bucket, the next of which is 10
+    data = training_data(tmp_path, max_aspect=2.0)
+    assert data.fingerprint() == good.fingerprint()
+    for a, b in zip(data.batches(0, 12), expected, strict=True):
+        for row, name in enumerate(b.names):
+            if name in ("004.png", "007.png"):
+                assert a.names[row] == "010.png" and a.keys.epochs[row] == b.keys.epochs[row]
+                stand_in = good.load(10, b.keys.epochs[row])
+                assert torch.equal(a.images[row], to_float([stand_in.pixels])[0])
+            else:
+                assert a.names[row] == name and torch.equal(a.images[row], b.images[row])
+    for step, batch in enumerate(training_data(tmp_path, max_aspect=2.0).batches(5, 12), start=5):
+        same(batch, data.batch(step))
+    said = capsys.readouterr().err.splitlines()
+    assert sum("004.png: cannot be decoded" in line for line in said) == 2  # by either data set
+    break_off(tmp_path, 1, 10)
+    with pytest.raises(RunFailed, match="No picture of the size"):
+        list(training_data(tmp_path, max_aspect=2.0).batches(0, 12))
 
 
 def test_a_picture_that_is_removed_while_training_is_named(tmp_path):
+    """It is not broken but gone, and may come back: a disk that is away must not change a run."""
     data = training_data(picture_folder(tmp_path, 4))
     (tmp_path / "002.png").unlink()
     with pytest.raises(RunFailed, match=r"002.png: .*does not exist"):
