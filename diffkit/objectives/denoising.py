@@ -180,6 +180,23 @@ def _without_float16(device: str) -> Iterator[None]:
         yield
 
 
+def _check_inputs(model: LatentDiffusion) -> None:
+    """Raise `UserError` for a denoiser that needs more than z_t, t and a caption."""
+    config, channels = model.denoiser.model.config, model.codec.channels
+    if config.in_channels != channels:
+        raise UserError(
+            f"model: its denoiser takes {config.in_channels} channels and the latents have "
+            f"{channels}: an inpainting or editing model, which denoising training gives no mask. "
+            "Give the text-to-image model that it was made from."
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise UserError(
+            "model: its U-Net has a guidance embedding (time_cond_proj_dim), so it was distilled, "
+            "and denoising training has no guidance scales for it. Give the model that it was "
+            "distilled from."
+        )
+
+
 class DenoisingObjective:
     """Denoising training of all weights, or of the LoRA that the model carries.
 
@@ -195,6 +212,7 @@ class DenoisingObjective:
         self, model: LatentDiffusion, config: DenoisingConfig, lora: str | None = None
     ) -> None:
         config.check()
+        _check_inputs(model)
         self.model = model
         self.config = config
         self.lora = lora
@@ -220,7 +238,8 @@ class DenoisingObjective:
 
     def place(self, device: torch.device) -> None:
         """Make the null conditioning there; codec and encoders follow when they are needed."""
-        self._device = device
+        # "cuda" is never equal to the "cuda:0" that a module tells; a tensor knows its full name.
+        self._device = torch.empty(0, device=device).device
         # Sizes are told even to a model without a prompt, so these are never used.
         self._null = self.model.conditioner.null(1, sizes=(64, 64)).to(device)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from diffkit.data.batch import Batch
 from diffkit.errors import UserError
@@ -85,6 +86,36 @@ def test_offset_noise_moves_channel_means():
     moved = offset_noise(eps, offsets, 0.5)
     torch.testing.assert_close(moved.mean((2, 3)), eps.mean((2, 3)) + 0.5 * offsets[..., 0, 0])
     assert torch.equal(offset_noise(eps, offsets, 0.0), eps)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"in_channels": 9}, "takes 9 channels and the latents have 4: an inpainting"),
+        ({"time_cond_proj_dim": 8}, "guidance embedding"),
+    ],
+)
+def test_networks_with_further_inputs_are_refused_at_once(config, message, tiny_sd):
+    """They were found out at the first step only, after hours of filling the caches."""
+    pipeline = LatentDiffusion.load(tiny_sd).pipeline()
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **config})
+    with pytest.raises(UserError, match=message):
+        DenoisingObjective(LatentDiffusion(pipeline), DenoisingConfig())
+
+
+def test_the_codec_is_placed_once(tiny_sdxl):
+    """A device without its number never equals what a module tells, so the VAE was moved, and its
+    float32 copy made, in every micro-batch. "cpu:0" differs from "cpu" as "cuda" from "cuda:0".
+    """
+    model = LatentDiffusion.load(tiny_sdxl)
+    model.codec.to(dtype=torch.float16)  # computes in float32, on a copy
+    objective = DenoisingObjective(model, DenoisingConfig())
+    objective.place(torch.device("cpu", 0))
+    copies = []
+    for _ in range(2):
+        objective.shared(objective.draw(make_batch(2), 0))
+        copies.append(model.codec._network())
+    assert copies[0] is copies[1] is not model.codec.vae
 
 
 @pytest.mark.parametrize("name", ["sd", "sd-v", "sdxl", "sd3"])
