@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffkit.console import warn
 from diffkit.errors import UserError
 from diffkit.training.config import TrainConfig
 
-__all__ = ["DTYPES", "make_accelerator", "release_accelerator"]
+__all__ = ["DTYPES", "block_names", "make_accelerator", "release_accelerator", "shard_by_block"]
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype in which networks compute, by --mixed-precision."""
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one another: for a cache to be filled, a checkpoint to be written."""
 
 
 def _wants(name: str) -> bool:
@@ -26,10 +31,14 @@ def make_accelerator(config: TrainConfig) -> Any:
     """An `accelerate.Accelerator` for this process, as `accelerate launch` set it up.
 
     Raises `UserError` when the launch configuration asks for what this machine or diffkit cannot
-    do: FSDP without a GPU, FSDP 1, DeepSpeed, fp16 on a CPU.
+    do: FSDP without a GPU or with validation pictures, FSDP 1, DeepSpeed, fp16 on a CPU.
     """
     from accelerate import Accelerator, DistributedType
-    from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradScalerKwargs,
+        InitProcessGroupKwargs,
+    )
 
     if _wants("ACCELERATE_USE_DEEPSPEED"):
         raise UserError(
@@ -37,6 +46,11 @@ def make_accelerator(config: TrainConfig) -> Any:
             "use plain data parallelism or FSDP 2 (accelerate config)."
         )
     fsdp = _wants("ACCELERATE_USE_FSDP")
+    if fsdp and config.validation_prompts is not None:
+        raise UserError(
+            "validation_prompts: pictures cannot be made while FSDP shards the model; leave the "
+            "prompts out and make the pictures from the result, or use plain data parallelism."
+        )
     if fsdp and not torch.cuda.is_available():
         raise UserError(
             "accelerate is configured for FSDP, which needs CUDA GPUs; this machine shows none, so "
@@ -55,6 +69,7 @@ def make_accelerator(config: TrainConfig) -> Any:
     handlers = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         GradScalerKwargs(growth_interval=500),
+        InitProcessGroupKwargs(timeout=PATIENCE),
     ]
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -74,7 +89,12 @@ def make_accelerator(config: TrainConfig) -> Any:
 
 
 def _fsdp_plugin(config: TrainConfig) -> Any:
-    """The launch configuration's FSDP settings, with gradients and losses kept in float32."""
+    """The launch configuration's FSDP settings, with gradients and losses kept in float32.
+
+    Inputs are not cast: FSDP would round times, noise and latents too, even those of a loss that is
+    computed in float32. Autocast, under which the trainer calls its players, casts what networks
+    take.
+    """
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -82,8 +102,28 @@ def _fsdp_plugin(config: TrainConfig) -> Any:
         param_dtype=DTYPES[config.mixed_precision],
         reduce_dtype=torch.float32,
         output_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+    wrap = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy, auto_wrap_policy=wrap)
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """Classes of the blocks that networks in `module` call unsplittable, and that occur in it."""
+    parts = list(module.modules())
+    named = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()}
+    return sorted(named & {type(part).__name__ for part in parts})
+
+
+def shard_by_block(accelerator: Any, module: nn.Module) -> None:
+    """Let FSDP gather the weights of `module` block by block instead of all at once.
+
+    To be called before the module is prepared, since accelerate asks it and not the network inside
+    for its blocks. Does nothing without FSDP, or where the launch configuration names the classes.
+    """
+    if accelerator.is_fsdp2 and "FSDP_TRANSFORMER_CLS_TO_WRAP" not in os.environ:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.transformer_cls_names_to_wrap = block_names(module)
 
 
 def _warn_slow(config: TrainConfig, accelerator: Any) -> None:

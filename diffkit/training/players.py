@@ -41,12 +41,20 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The full tensor on the CPU, without a graph and without sharing memory."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor().cpu()
-    return tensor.to("cpu", copy=True)
+def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The full tensors on the CPU, without graphs and without sharing memory.
+
+    Sharded tensors are gathered by all processes together; those with `keep` false only take part
+    in that, one tensor at a time, and get nothing.
+    """
+    whole = {}
+    for name, value in tensors.items():
+        tensor = value.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if keep:
+            whole[name] = tensor.to("cpu", copy=True)
+    return whole
 
 
 def _shaped_like(whole: Tensor, like: Tensor) -> Tensor:
@@ -108,10 +116,12 @@ class Player:
 
     # -- state --------------------------------------------------------------------------------
 
-    def weights(self) -> dict[str, Tensor]:
-        """Trainable parameters and persistent buffers by name; a collective call when sharded."""
-        tensors = dict(zip(self.names, self.parameters, strict=True))
-        return {name: _whole(value) for name, value in (tensors | self._buffers()).items()}
+    # Reading state is a collective call when sharded. Processes that pass `keep=False` take part
+    # and get nothing, so that only the one that writes spends memory and copies.
+
+    def weights(self, keep: bool = True) -> dict[str, Tensor]:
+        """Trainable parameters and persistent buffers by name."""
+        return _whole(dict(zip(self.names, self.parameters, strict=True)) | self._buffers(), keep)
 
     def _buffers(self) -> dict[str, Tensor]:
         buffers = dict(self.plain.named_buffers())
@@ -125,11 +135,9 @@ class Player:
         for name, tensor in tensors.items():
             tensor.copy_(_shaped_like(weights[name], tensor))
 
-    def average(self) -> dict[str, Tensor]:
+    def average(self, keep: bool = True) -> dict[str, Tensor]:
         """The moving average by name; empty without EMA."""
-        if self.ema is None:
-            return {}
-        return {name: _whole(value) for name, value in self.ema.weights.items()}
+        return {} if self.ema is None else _whole(self.ema.weights, keep)
 
     def load_average(self, weights: Mapping[str, Tensor]) -> None:
         """Set what `average` returned."""
@@ -137,18 +145,19 @@ class Player:
             shadow = self.ema.weights
             self.ema.load({k: _shaped_like(v, shadow[k]) for k, v in weights.items()})
 
-    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def optimizer_state(self, keep: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain numbers of the optimizer's state, each named `slot/parameter`."""
-        tensors, numbers = {}, {}
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
         state = self._raw_optimizer().state
         for name, parameter in zip(self.names, self.parameters, strict=True):
             for slot, value in state.get(parameter, {}).items():
                 key = f"{slot}/{name}"
                 if isinstance(value, Tensor):
-                    tensors[key] = _whole(value)
+                    tensors[key] = value
                 else:
                     numbers[key] = value
-        return tensors, numbers
+        return _whole(tensors, keep), numbers
 
     def load_optimizer_state(
         self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
@@ -170,23 +179,28 @@ class Player:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     @contextlib.contextmanager
-    def result(self) -> Iterator[None]:
-        """Inside the block the plain module holds whole tensors: the average where one is kept."""
-        with self.ema.applied() if self.ema else contextlib.nullcontext(), _gathered(self.plain):
+    def result(self, keep: bool = True) -> Iterator[None]:
+        """Inside the block the plain module holds the result: the average where one is kept.
+
+        Sharded weights are whole, on the CPU, in the processes with `keep`; see above.
+        """
+        average = self.ema.applied() if self.ema else contextlib.nullcontext()
+        with average, _gathered(self.plain, keep):
             yield
 
 
 @contextlib.contextmanager
-def _gathered(module: nn.Module) -> Iterator[None]:
+def _gathered(module: nn.Module, keep: bool) -> Iterator[None]:
     """Whole CPU parameters in place of the sharded ones; does nothing to a plain module."""
     sharded: list[tuple[nn.Module, str, nn.Parameter]] = []
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 sharded.append((owner, name, parameter))
-    whole = [nn.Parameter(_whole(p), requires_grad=False) for _, _, p in sharded]
-    for (owner, name, _), parameter in zip(sharded, whole, strict=True):
-        owner._parameters[name] = parameter
+    whole = _whole({str(place): p for place, (_, _, p) in enumerate(sharded)}, keep)
+    for place, tensor in whole.items():
+        owner, name, _ = sharded[int(place)]
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     try:
         yield
     finally:

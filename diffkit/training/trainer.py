@@ -24,6 +24,7 @@ from diffkit.objectives.base import Objective, Phase, reduce_loss
 from diffkit.randomness import address
 from diffkit.training.checkpoints import Checkpoint, tensor_file_errors
 from diffkit.training.config import TrainConfig
+from diffkit.training.devices import shard_by_block
 from diffkit.training.folder import RunFolder
 from diffkit.training.metrics import Metrics, StepRecord
 from diffkit.training.players import Player
@@ -90,6 +91,7 @@ class Trainer:
         self._make_tracker = tracker
         self._validate = validate
         self._data_identity = data_identity
+        self._said: Tensor | None = None
         averaged = set(objective.averaged())
         self.players = {
             name: Player(name, module, config, average=name in averaged)
@@ -100,6 +102,7 @@ class Trainer:
             # A phase may leave some of its player's parameters unused.
             accelerator.ddp_handler.find_unused_parameters = True
         for player in self.players.values():
+            shard_by_block(accelerator, player.plain)
             player.wrap(accelerator)
             if config.compile:
                 player.plain.compile()
@@ -140,13 +143,15 @@ class Trainer:
                 batches = [next(stream) for _ in range(config.accumulation)]
                 self.metrics.record(self.step(step, batches))
                 done = step + 1
-                stopping = self._agreed(stop, done)
+                stopping = self._agreed(stop)
                 if stopping or self._due(done, config.log_every):
                     self.metrics.flush()
                     report.show(self.metrics.last)
                 if stopping or self._due(done, config.checkpoint_every):
                     self.checkpoint(done)
                 if self._validate and self._due(done, config.validation_every):
+                    # Trackers want their steps in order: these pictures after the rows before.
+                    self.metrics.flush()
                     self._show(done, tracker)
                 if stopping and done < config.max_steps:
                     say(f"stopped after step {done}; the same command goes on from there.")
@@ -157,18 +162,21 @@ class Trainer:
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.config.max_steps
 
-    def _agreed(self, stop: StopRequest, done: int) -> bool:
-        """Whether to stop now; processes must do so at the same step."""
+    def _agreed(self, stop: StopRequest) -> bool:
+        """Whether to stop now; processes must do so at the same step.
+
+        What they say after one step they hear after the next, so that a GPU is never waited for
+        while it has nothing to do.
+        """
         if self.accelerator.num_processes == 1:
             return stop.requested
-        if not self._due(done, self.config.log_every):
-            return False
-        flag = torch.tensor(float(stop.requested), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        said = torch.full((), float(stop.requested), device=self.accelerator.device)
+        heard, self._said = self._said, self.accelerator.reduce(said, "sum")
+        return heard is not None and bool(heard > 0)
 
     def _show(self, done: int, tracker: Tracker) -> None:
         assert self._validate is not None
-        with self.results():
+        with self.results(), self.accelerator.autocast():
             self._validate(done, tracker)
         self.metrics.pause()
 
@@ -183,10 +191,10 @@ class Trainer:
 
     @contextmanager
     def results(self) -> Iterator[None]:
-        """The players hold the weights of the result, whole, inside the block."""
+        """Inside the block the main process's players hold the weights of the result, whole."""
         with ExitStack() as stack:
             for player in self.players.values():
-                stack.enter_context(player.result())
+                stack.enter_context(player.result(self.accelerator.is_main_process))
             yield
 
     # -- one step -------------------------------------------------------------------------------
@@ -240,7 +248,8 @@ class Trainer:
             draws, shared = material[micro, repeat]
             last = micro == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(player.module):
-                terms = player.module(phase.name, draws, shared)
+                with accelerator.autocast():
+                    terms = player.module(phase.name, draws, shared)
                 accelerator.backward(reduce_loss(terms["loss"], config.batch_size, world))
             record.add(prefix, terms, 1 / (config.batch_size * phase.repeats))
         norm = self._clip(player)
@@ -261,17 +270,18 @@ class Trainer:
     def checkpoint(self, done: int) -> Path | None:
         """Write the state after `done` steps; a collective call, the main process writes."""
         self.metrics.flush()
+        main = self.accelerator.is_main_process
         files: dict[str, dict[str, Tensor]] = {}
         numbers: dict[str, Any] = {"data": self._data_identity}
         for name, player in self.players.items():
-            files[name] = player.weights()
-            files[f"{name}.optimizer"], numbers[name] = player.optimizer_state()
-            if average := player.average():
+            files[name] = player.weights(main)
+            files[f"{name}.optimizer"], numbers[name] = player.optimizer_state(main)
+            if average := player.average(main):
                 files[f"{name}.ema"] = average
         if self.accelerator.scaler is not None:
             numbers["scaler"] = self.accelerator.scaler.state_dict()
         path = None
-        if self.accelerator.is_main_process:
+        if main:
             path = self.folder.checkpoints.write(Checkpoint(done, files, numbers))
         self.accelerator.wait_for_everyone()
         self.metrics.pause()
@@ -280,6 +290,7 @@ class Trainer:
     def resume(self) -> int:
         """Load the newest whole checkpoint; returns the number of steps made."""
         checkpoint = self.folder.checkpoints.latest()
+        self._check_start(0 if checkpoint is None else checkpoint.step)
         if checkpoint is None:
             return 0
         if checkpoint.numbers.get("data", self._data_identity) != self._data_identity:
@@ -303,3 +314,14 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(checkpoint.numbers["scaler"])
         say(f"going on after step {checkpoint.step}.")
         return checkpoint.step
+
+    def _check_start(self, step: int) -> None:
+        """Raise `RunFailed` unless all processes found the checkpoint of the same step."""
+        mine = torch.tensor([step], device=self.accelerator.device)
+        steps = self.accelerator.gather(mine).tolist()
+        if min(steps) != max(steps):
+            raise RunFailed(
+                f"{self.folder.checkpoints.folder}: the processes found checkpoints of different "
+                f"steps ({steps}, by rank). All need to see the same --output, on storage that "
+                "they share."
+            )

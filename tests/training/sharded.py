@@ -1,6 +1,7 @@
 """A player sharded by FSDP2 over CPU processes; run by test_processes.py with torch's variables.
 
-accelerate shards on GPUs only, so torch's own `fully_shard` stands in for it here.
+accelerate shards on GPUs only, so torch's own `fully_shard` stands in for it here. Both processes
+take part in gathering the state; only the one that writes it keeps any of it.
 """
 
 from __future__ import annotations
@@ -56,14 +57,18 @@ def main(folder: Path, mode: str) -> None:
         player.load_optimizer_state(load_file(folder / "optimizer.safetensors"), {})
         player.load_average(load_file(folder / "average.safetensors"))
     steps(player, 3)
-    tensors, numbers = player.optimizer_state()
+    writes = mode == "plain" or dist.get_rank() == 0
+    tensors, numbers = player.optimizer_state(writes)
     assert not numbers
-    files = {"weights": player.weights(), "optimizer": tensors, "average": player.average()}
-    with player.result():
-        files["result"] = {k: v.detach().clone() for k, v in player.plain.state_dict().items()}
+    weights, average = player.weights(writes), player.average(writes)
+    files = {"weights": weights, "optimizer": tensors, "average": average}
+    assert all(bool(content) == writes for content in files.values())
+    with player.result(writes):
+        if writes:
+            files["result"] = {k: v.detach().clone() for k, v in player.plain.state_dict().items()}
     back = player.weights()
     assert all(torch.equal(back[k], v) for k, v in files["weights"].items())
-    if mode == "plain" or dist.get_rank() == 0:
+    if writes:
         target = folder / "sharded" if mode == "sharded" else folder
         target.mkdir(exist_ok=True)
         prefix = "resumed-" if mode == "resume" else ""

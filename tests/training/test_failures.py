@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 import signal
+from datetime import timedelta
 from importlib.util import find_spec
 
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 from diffkit.errors import RunFailed, UserError
 from diffkit.objectives.base import Phase
 from diffkit.training.checkpoints import Checkpoint, Checkpoints
-from diffkit.training.devices import make_accelerator
+from diffkit.training.devices import make_accelerator, release_accelerator
 from diffkit.training.folder import RunFolder
 from diffkit.training.players import Player, make_optimizer
 from diffkit.training.signals import StopRequest
@@ -111,6 +112,21 @@ def test_launch_configurations_that_cannot_run(variables, message, monkeypatch, 
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         make_accelerator(config_for(tmp_path))
+
+
+def test_no_validation_pictures_under_fsdp(monkeypatch, tmp_path):
+    """Sharded weights cannot be sampled from; that is said before anything is loaded."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match="validation_prompts.*FSDP"):
+        make_accelerator(config_for(tmp_path, validation_prompts=tmp_path / "prompts.txt"))
+
+
+def test_processes_wait_for_a_slow_one(tmp_path):
+    """Writing a checkpoint or filling a cache may take longer than NCCL's own ten minutes."""
+    accelerator = make_accelerator(config_for(tmp_path))
+    release_accelerator(accelerator)
+    assert accelerator.init_handler.timeout >= timedelta(hours=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works there")

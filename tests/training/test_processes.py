@@ -22,8 +22,11 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launch(processes, words):
-    """The command in `processes` processes, as `accelerate launch --cpu` starts them."""
+def launch(processes, words, **more):
+    """The command in `processes` processes, as `accelerate launch --cpu` starts them.
+
+    `more` are further variables of their environment.
+    """
     port = free_port()
     running = []
     for rank in range(processes):
@@ -35,6 +38,7 @@ def launch(processes, words):
             "MASTER_PORT": port,
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": 1,
+            **more,
         }
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         command = [sys.executable, *map(str, words)]
@@ -77,6 +81,27 @@ def test_two_players_in_two_processes(tmp_path):
         assert a.keys() == b.keys()
         for key in a.keys() - {"seconds"}:
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.slow
+def test_one_process_is_stopped_and_both_end(tmp_path):
+    """Ctrl-C reaches one process in step 5; both write the checkpoint of the step after it."""
+    words = ["-m", "tests.training.toy", tmp_path, "still", "8", "200", "100"]
+    codes, said = launch(2, words, STOP_IN=4, LOG_EVERY=100)
+    assert codes == [130, 130], said
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+    assert len(rows(tmp_path)) == 6
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_folders_do_not_go_on(tmp_path):
+    """The second process finds no checkpoint, as on a machine with storage of its own."""
+    words = ["-m", "tests.training.toy", tmp_path / "mine", "still", "8", "4", "2"]
+    codes, said = launch(1, words)
+    assert codes == [0], said
+    codes, said = launch(2, words, OTHER_OUTPUT=tmp_path / "other")
+    assert codes == [1, 1]
+    assert said.count("checkpoints of different steps ([4, 0], by rank)") == 2
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ steps to its one, with a gradient penalty every 16th step.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -203,5 +204,10 @@ def train(config, objective, stop_in=None):
 if __name__ == "__main__":
     kind = {"one": ToyObjective, "two": TwoPlayers, "still": still}[sys.argv[2]]
     width, steps, every = map(int, sys.argv[3:6])
-    settings = config_for(sys.argv[1], max_steps=steps, checkpoint_every=every, log_every=1)
-    sys.exit(train(settings, kind(width)))
+    rank = int(os.environ.get("RANK", "0"))
+    # The second process may be told another folder, or to press Ctrl-C in some step.
+    output = os.environ.get("OTHER_OUTPUT", sys.argv[1]) if rank == 1 else sys.argv[1]
+    stop_in = int(os.environ.get("STOP_IN", -1)) if rank == 1 else None
+    log_every = int(os.environ.get("LOG_EVERY", 1))
+    settings = config_for(output, max_steps=steps, checkpoint_every=every, log_every=log_every)
+    sys.exit(train(settings, kind(width), stop_in))
