@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffkit.data.prompts import read_prompts
 from diffkit.files import atomic_write
@@ -18,6 +19,10 @@ from diffkit.training.trackers import Tracker
 __all__ = ["Validation"]
 
 BATCH = 16
+"""Most pictures that are sampled at once."""
+
+PIXELS = 1024**2
+"""Most pixels that are sampled at once: one picture of SDXL's size, four of Stable Diffusion's."""
 
 
 class Validation:
@@ -45,6 +50,7 @@ class Validation:
     ) -> None:
         self.model = model
         self.prompts = read_prompts(prompts)
+        self.batch = max(1, min(BATCH, PIXELS // size**2))
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.folder = folder
@@ -67,14 +73,18 @@ class Validation:
 
     @torch.no_grad()
     def images(self) -> list[Image.Image]:
-        """One picture a prompt."""
+        """One picture a prompt.
+
+        The denoiser runs under the caller's autocast, the codec in its own precision (SDXL's
+        overflows in fp16) and on one picture at a time. Both are left as they were found.
+        """
         denoiser, codec = self.model.denoiser, self.model.codec
         training = denoiser.training
         denoiser.eval()
-        device, images = denoiser.device, []
+        device, home, images = denoiser.device, codec.device, []
         codec.to(device)
-        for start in range(0, len(self.prompts), BATCH):
-            rows = slice(start, start + BATCH)
+        for start in range(0, len(self.prompts), self.batch):
+            rows = slice(start, start + self.batch)
             noise = self._noise[rows].to(device)
             cond = self._cond.select(rows).to(device)
             null: Conditioning = self._null.expand(len(noise)).to(device)
@@ -86,11 +96,17 @@ class Validation:
                 steps=self.steps,
                 guidance_scale=self.guidance_scale,
             )
-            for pixels in codec.decode(latents).clamp(-1, 1).cpu():
-                array = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-                images.append(Image.fromarray(array))
+            with torch.autocast(device.type, enabled=False):
+                images += [_picture(codec.decode(one)[0]) for one in latents.split(1)]
+        codec.to(home)
         denoiser.train(training)
         return images
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """The picture of (3, H, W) values in [-1, 1]."""
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
 def _sheet(images: list[Image.Image]) -> Image.Image:
