@@ -128,31 +128,33 @@ class Metrics:
             file.writelines(kept)
 
     def record(self, record: StepRecord) -> None:
-        """Take in a finished step."""
-        now = time.perf_counter()
-        record.seconds, self._clock = now - self._clock, now
+        """Take in a step whose computation was asked for."""
         self._waiting.append(record)
 
     def pause(self) -> None:
-        """Do not count the time since the last step, which went into something else."""
+        """Do not count the time since the last flush, which went into something else."""
         self._clock = time.perf_counter()
 
     def flush(self) -> None:
         """Write all waiting rows; raises `RunFailed` at the first loss that is not finite.
 
-        A collective call.
+        Each gets an equal part of the time since the last flush: a GPU computes behind the
+        program, and only here it is waited for. A collective call.
         """
         records, self._waiting = self._waiting, []
         if not records:
             return
         flats = [record.flat() for record in records]
         numbers = self._reduce(torch.cat(flats)).tolist()
+        now = time.perf_counter()
+        seconds, self._clock = (now - self._clock) / len(records), now
         rows, failure = [], None
         for record, flat in zip(records, flats, strict=True):
             mine, numbers = numbers[: len(flat)], numbers[len(flat) :]
             failure = self._failure(record, mine)
             if failure:
                 break
+            record.seconds = seconds
             rows.append(record.row(mine))
         if self._write and rows:
             with storage_errors(self.path):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from diffkit.errors import UserError
+from diffkit.files import atomic_write
 
-__all__ = ["Tracker", "make_tracker", "require_tracker"]
+__all__ = ["Tracker", "make_tracker", "require_tracker", "run_id"]
 
 
 class Tracker(Protocol):
@@ -69,14 +71,24 @@ class _TensorBoard:
         self._writer.close()
 
 
+def run_id(folder: Path, start: int) -> str:
+    """The name under which wandb knows the run in `folder`: random, kept there, new at step 0."""
+    path = folder / "wandb-id.txt"
+    if start == 0 or not path.exists():
+        with atomic_write(path, "w") as file:
+            file.write(secrets.token_hex(8))
+    return path.read_text()
+
+
 class _WandB:
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, start: int, config: dict[str, Any]) -> None:
         wandb: Any = import_module("wandb")
         self._wandb = wandb
         self._run = wandb.init(
             project="diffkit",
             dir=str(folder),
-            id=folder.resolve().name,
+            name=folder.resolve().name,
+            id=run_id(folder, start),
             resume="allow",
             config=config,
         )
@@ -103,5 +115,5 @@ def make_tracker(name: str, folder: Path, start: int, config: dict[str, Any]) ->
     if name == "tensorboard":
         return _TensorBoard(folder, start)
     if name == "wandb":
-        return _WandB(folder, config)
+        return _WandB(folder, start, config)
     return _Nothing()
