@@ -5,6 +5,7 @@ A pickle (.ckpt, .pt, .pth, .bin) runs code when it is opened, so none is opened
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,11 +43,12 @@ def refuse_pickles(path: str | os.PathLike[str]) -> None:
 
     For a file: when it is one. For a folder: when it, or a folder directly inside it, holds
     pickled weights and no `.safetensors` (a component that has both is loaded from safetensors).
-    The error names the file and gives a command that converts it.
+    Of a pipeline folder, with a model_index.json, only the components that it names are loaded, so
+    that only they count. The error names the file and gives a command that converts it.
     """
     place = Path(path)
     if place.is_dir():
-        for folder in (place, *sorted(child for child in place.iterdir() if child.is_dir())):
+        for folder in _loaded_folders(place):
             _refuse_folder(folder, place)
     elif place.suffix.lower() in PICKLES:
         raise UserError(_refusal(place, _file_recipe(place)))
@@ -109,6 +111,15 @@ def _existing(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{place}: no such file; a .safetensors file is needed here")
     refuse_pickles(place)
     return place
+
+
+def _loaded_folders(place: Path) -> list[Path]:
+    index = place / "model_index.json"
+    if not index.is_file():
+        return [place, *sorted(child for child in place.iterdir() if child.is_dir())]
+    values = json.loads(index.read_text(encoding="utf-8"))
+    named = (place / name for name, value in values.items() if isinstance(value, list) and value[0])
+    return sorted(folder for folder in named if folder.is_dir())
 
 
 def _refuse_folder(folder: Path, root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -78,6 +79,23 @@ def test_the_conversion_that_a_refusal_gives_works(tmp_path: Path) -> None:
         refuse_pickles(path)
     exec(str(refusal.value).partition('python -c "')[2].rstrip('"'), {})
     assert torch.equal(load_safetensors(tmp_path / "old.safetensors")["a"], torch.ones(2))
+
+
+def test_a_pickle_that_the_index_does_not_name_is_no_obstacle(tmp_path: Path, file: Path) -> None:
+    """A full clone of a hub repository has the single-file .ckpt beside the component folders, and
+    perhaps folders of other formats: none of them is opened, so none is refused."""
+    for name in ("unet", "onnx", "safety_checker"):
+        (tmp_path / name).mkdir()
+    index = {"_class_name": "X", "unet": ["diffusers", "U"], "safety_checker": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    file.rename(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    for name in ("v1-5-pruned.ckpt", "onnx/weights.pb.bin", "safety_checker/pytorch_model.bin"):
+        (tmp_path / name).write_bytes(b"")
+    refuse_pickles(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"unet/diffusion_pytorch_model\.bin: the weights are a"):
+        refuse_pickles(tmp_path)
 
 
 def test_folder_with_pickled_component_is_refused_by_file(tmp_path: Path, file: Path) -> None:
