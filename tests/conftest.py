@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Name of a tiny model ("sd", "sd-v", "sdxl", "sd3") -> its diffusers folder, built once."""
+    """Name of a tiny model, see `tests.tiny.BUILDERS`, -> its diffusers folder, built once."""
     from tests.tiny import BUILDERS
 
     root = tmp_path_factory.mktemp("models")

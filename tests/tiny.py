@@ -6,6 +6,7 @@ users do. Pictures are 32x32: a VAE with factor 2 and a denoiser with two levels
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -128,6 +132,26 @@ def build_sd(
     return folder
 
 
+def build_old_sd(folder: Path) -> Path:
+    """Stable Diffusion 1 as its first folders on the hub are: a safety checker out of diffusers'
+    own modules, beside an image processor by a name that transformers no longer has."""
+    build_sd(folder)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    eyes = tower | {"num_hidden_layers": 1, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=tower, vision_config=eyes, projection_dim=8)
+    StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    processor.save_pretrained(folder / "feature_extractor")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["requires_safety_checker"]
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def build_sdxl(folder: Path, seed: int = 0) -> Path:
     """Stable Diffusion XL with both text encoders and micro-conditioning."""
     torch.manual_seed(seed)
@@ -191,6 +215,7 @@ def build_sd3(folder: Path, seed: int = 0) -> Path:
 
 BUILDERS = {
     "sd": build_sd,
+    "sd-old": build_old_sd,
     "sd-v": lambda folder: build_sd(folder, "v_prediction", zero_snr=True),
     "sdxl": build_sdxl,
     "sd3": build_sd3,

@@ -28,6 +28,9 @@ class InfoConfig:
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = "embedded"
     """"embedded", a diffusers folder, a single .safetensors file, or a hub id."""
 
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
     size: str | None = None
     """WxH or N pixels for the counts; default the model's own."""
 
@@ -69,7 +72,7 @@ def main(config: InfoConfig) -> int:
     size = None if config.size is None else parse_size(config.size)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    model = skeleton(config.model)
+    model = skeleton(config.model, config.revision)
     rule = size_rule(model)
     size = size or rule.native
     rule.check(size)

@@ -67,7 +67,9 @@ class LatentDiffusion:
         Args:
             source: "embedded", a diffusers folder, a single `.safetensors` file, or a hub id.
             dtype, device: of the networks.
-            variant, revision: as in diffusers, for folders and hub ids.
+            variant: as in diffusers, for folders and hub ids; a folder that has one variant
+                and no plain weights needs none.
+            revision: branch, tag or commit of a hub id.
             config: diffusers folder or hub id with the configs of a single file; without it
                 diffusers fetches them from the hub.
             attention: see `set_attention`.
@@ -79,7 +81,7 @@ class LatentDiffusion:
         options: dict[str, Any] = {"variant": variant, "revision": revision, "config": config}
         with quiet_libraries():
             pipeline = load_pipeline(name, dtype=dtype, **options)
-        model = cls(pipeline, name, dtype=dtype, attention=attention, **options)
+        model = cls(pipeline, name, dtype=dtype, **options)
         set_attention(model.denoiser.model, attention)
         return model.to(device)
 
@@ -174,9 +176,11 @@ class LatentDiffusion:
         missing = [n for n in self._freed_names() if getattr(self._pipeline, n) is None]
         if not missing:
             return
-        again = LatentDiffusion.load(self.source, **self._load_options)
+        here = {n: part for n, part in self._pipeline.components.items() if part is not None}
+        with quiet_libraries():
+            again = load_pipeline(self.source, parts=here, **self._load_options)
         # Not setattr: it cannot bring back the entry of model_index.json.
-        self._pipeline.register_modules(**{n: getattr(again._pipeline, n) for n in missing})
+        self._pipeline.register_modules(**{n: getattr(again, n) for n in missing})
 
     def _freed_names(self) -> list[str]:
         return [] if self.conditioner.encoders else list(self.family.text_components)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["EMBEDDED", "load_pipeline", "quiet_libraries", "resolve"]
 
 EMBEDDED = "embedded"
+_WEIGHT_FILE = re.compile(
+    r"(diffusion_pytorch_model|model)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.safetensors"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Key endings that only the original single-file layout of a family has.
 _SINGLE_FILE_MARKS = {
@@ -74,24 +77,31 @@ def load_pipeline(
     variant: str | None = None,
     revision: str | None = None,
     config: str | os.PathLike[str] | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
-    """A stock text-to-image pipeline in memory, on the CPU. See `LatentDiffusion.load`."""
+    """A stock text-to-image pipeline in memory, on the CPU. See `LatentDiffusion.load`.
+
+    `parts` are components by name that are taken as they are instead of being read.
+    """
+    parts = parts or {}
     name = resolve(source)
     path = Path(name).expanduser()
     if path.is_file():
         if variant or revision:
             raise UserError(f"{path}: variant and revision are for folders and hub ids.")
-        return _from_file(path, dtype, config)
+        return _from_file(path, dtype, config, parts)
     if config is not None:
         raise UserError(f"{name}: config is for a single .safetensors file.")
     if path.is_dir():
-        return _from_folder(path, dtype, variant)
+        if revision:
+            raise UserError(f"{path}: revision is for hub ids; this is a folder.")
+        return _from_folder(path, dtype, variant, parts)
     if not _HUB_ID.fullmatch(name):
         raise UserError(
             f"{name}: no such model. Give 'embedded', a diffusers folder (with model_index.json), "
             "a .safetensors file, or a hub id such as 'owner/name'."
         )
-    return _from_hub(name, dtype, variant, revision)
+    return _from_hub(name, dtype, variant, revision, parts)
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -102,7 +112,6 @@ def read_index(path: Path) -> dict[str, Any]:
     index = path / "model_index.json"
     if not index.is_file():
         raise UserError(f"{path}: is not a diffusers model folder. {_what_is(path)}")
-    refuse_pickles(path)
     try:
         values: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
         family_of(values["_class_name"])
@@ -110,13 +119,18 @@ def read_index(path: Path) -> dict[str, Any]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{index}: is not a diffusers model index ({error}).") from error
+    refuse_pickles(path)
     return values
 
 
-def _from_folder(path: Path, dtype: torch.dtype, variant: str | None) -> DiffusionPipeline:
-    class_name = read_index(path)["_class_name"]
+def _from_folder(
+    path: Path, dtype: torch.dtype, variant: str | None, parts: Mapping[str, Any]
+) -> DiffusionPipeline:
+    index = read_index(path)
+    class_name = index["_class_name"]
     cls = family_of(class_name).pipeline_class("text2image")
-    options = {"dtype": dtype, "use_safetensors": True, "variant": variant}
+    variant = variant or _lone_variant(path, index)
+    options = {"dtype": dtype, "use_safetensors": True, "variant": variant, **parts}
     try:
         return cls.from_pretrained(path, local_files_only=True, **options)
     except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -125,6 +139,25 @@ def _from_folder(path: Path, dtype: torch.dtype, variant: str | None) -> Diffusi
         if type(error).__name__ != "SafetensorError":
             raise
         raise UserError(f"{path}: a weight file is damaged ({error}).") from error
+
+
+def _lone_variant(path: Path, index: Mapping[str, Any]) -> str | None:
+    """The one variant of the components that have no plain weights; None when all have them."""
+    choices = []
+    for name, value in index.items():
+        folder = path / name
+        if isinstance(value, list) and value[0] and folder.is_dir():
+            found = [_WEIGHT_FILE.fullmatch(file.name) for file in folder.iterdir()]
+            variants = {match["variant"] for match in found if match}
+            if variants and None not in variants:
+                choices.append(variants)
+    if not choices:
+        return None
+    common = set.intersection(*choices)
+    if len(common) != 1:
+        every = ", ".join(sorted(set.union(*choices)))
+        raise UserError(f"{path}: has no plain weights; say with variant which of {every} to load.")
+    return common.pop()
 
 
 def _what_is(path: Path) -> str:
@@ -139,15 +172,23 @@ def _what_is(path: Path) -> str:
 
 
 def _from_hub(
-    name: str, dtype: torch.dtype, variant: str | None, revision: str | None
+    name: str,
+    dtype: torch.dtype,
+    variant: str | None,
+    revision: str | None,
+    parts: Mapping[str, Any],
 ) -> DiffusionPipeline:
     from diffusers import DiffusionPipeline
 
-    options = {"variant": variant, "revision": revision, "use_safetensors": True}
+    options = {"variant": variant, "revision": revision, "use_safetensors": True, **parts}
     try:
         index = DiffusionPipeline.load_config(name, revision=revision)
         cls = family_of(index["_class_name"]).pipeline_class("text2image")
         return cls.from_pretrained(name, dtype=dtype, **options)
+    except UserError:
+        raise
+    except ValueError as error:  # diffusers' word for a variant that is not there
+        raise UserError(f"{name}: cannot be loaded: {error}") from error
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
@@ -156,8 +197,13 @@ def _from_hub(
 
 
 def _from_file(
-    path: Path, dtype: torch.dtype, config: str | os.PathLike[str] | None
+    path: Path,
+    dtype: torch.dtype,
+    config: str | os.PathLike[str] | None,
+    parts: Mapping[str, Any],
 ) -> DiffusionPipeline:
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
     refuse_pickles(path)
     keys = read_header(path).shapes
     class_name = next((cls for mark, cls in _SINGLE_FILE_MARKS.items() if mark in keys), None)
@@ -170,7 +216,12 @@ def _from_file(
     cls: Any = family_of(class_name).pipeline_class("text2image")
     options = {} if config is None else {"config": os.fspath(config)}
     try:
-        return cls.from_single_file(str(path), dtype=dtype, **options)
+        return cls.from_single_file(str(path), dtype=dtype, **options, **parts)
+    except SingleFileComponentError as error:
+        raise UserError(
+            f"{path}: lacks a part of {class_name}: {str(error).strip().splitlines()[0]} Give a "
+            "diffusers folder or a file of the whole model, text encoders included."
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if config else " Without the hub, give config=FOLDER of the same architecture."
         raise UserError(f"{path}: cannot be loaded as {class_name}: {error}.{hint}") from error

@@ -5,7 +5,6 @@ Counting needs shapes only, so that a model of any size is counted in no memory.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,21 @@ from diffkit.models.loading import read_index, resolve
 __all__ = ["skeleton"]
 
 
-def skeleton(source: str) -> LatentDiffusion:
+def skeleton(source: str, revision: str | None = None) -> LatentDiffusion:
     """`source` as `LatentDiffusion.load` takes it, every network on the meta device.
 
     A folder is read without its weights and a hub id is fetched without them; a single
-    `.safetensors` file carries no config and is loaded whole first.
+    `.safetensors` file carries no config and is loaded whole first. `revision` is for hub ids.
 
     Raises:
         UserError: as `LatentDiffusion.load`.
     """
     path = Path(resolve(source)).expanduser()
-    if path.is_dir():
+    if revision is None and path.is_dir():
         return _from_folder(path, source)
-    if path.is_file() or source.count("/") != 1:
-        return LatentDiffusion.load(source).to("meta")
-    return _from_folder(_fetch_configs(source), source)
+    if path.exists() or source.count("/") != 1:
+        return LatentDiffusion.load(source, revision=revision).to("meta")
+    return _from_folder(_fetch_configs(source, revision), source)
 
 
 def _from_folder(path: Path, source: str) -> LatentDiffusion:
@@ -53,7 +52,10 @@ def _from_folder(path: Path, source: str) -> LatentDiffusion:
 
 
 def _component(folder: Path, library: str, class_name: str) -> Any:
-    cls = getattr(importlib.import_module(library), class_name)
+    from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+
+    # An index may name diffusers' own pipeline folders, and classes by their former names.
+    cls = simple_get_class_obj(library, class_name)
     if not issubclass(cls, torch.nn.Module):
         return cls.from_pretrained(folder)
     with torch.device("meta"):
@@ -62,12 +64,12 @@ def _component(folder: Path, library: str, class_name: str) -> Any:
         return cls(cls.config_class.from_pretrained(folder)).eval()
 
 
-def _fetch_configs(name: str) -> Path:
+def _fetch_configs(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{name}: neither a path nor on the hub ({first})") from error

@@ -48,6 +48,26 @@ def test_every_family(
     assert report["estimate"]["picture_seconds"] > 0
 
 
+def test_an_old_folder_is_counted_as_it_is_loaded(
+    tiny_folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The index of every stock SD 1 names "stable_diffusion", which is no module of its own, and
+    CLIPFeatureExtractor, which transformers 5 has no more: diffusers loads both, info did not."""
+    from diffkit.models.latent_diffusion import LatentDiffusion
+
+    report = info(capsys, tiny_folder("sd-old"))
+    loaded = LatentDiffusion.load(tiny_folder("sd-old")).networks
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in loaded.items()}
+    assert counts["safety_checker"] > 1000
+    listed = {part["name"]: part["parameters"] for part in report["components"]}
+    assert {name: count for name, count in listed.items() if count is not None} == counts
+
+
+def test_a_revision_is_for_hub_ids(tiny_sd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(tiny_sd), "--revision", "main"]) == 2
+    assert "revision is for hub ids" in capsys.readouterr().err
+
+
 def test_size_batch_and_steps_move_the_numbers(
     tiny_sd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
