@@ -41,6 +41,13 @@ class GenerateConfig:
     model: str = "embedded"
     """"embedded", a diffusers folder, a single .safetensors file, or a hub id."""
 
+    variant: str | None = None
+    """Which weights of a folder or hub id, such as fp16; default the plain ones, or those that are
+    there."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A LoRA as PATH or PATH:WEIGHT; repeat the flag for several."""
 
@@ -80,7 +87,8 @@ class GenerateConfig:
 
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Repeat this PNG of diffkit generate, pixel for pixel. Beside it only --output, --device,
-    --overwrite, --json, and --model, --lora, --image, --mask for what has moved."""
+    --overwrite, --json, and --model, --variant, --revision, --lora, --image, --mask for what has
+    moved."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks."""
@@ -123,7 +131,15 @@ def main(config: GenerateConfig) -> int:
     processes = Processes.current(config.device)
     device = choose_device(processes.device or config.device)
     dtype = choose_dtype(request.dtype, device)
-    model = open_model(request.model, request.loras, dtype, device, request.attention)
+    model = open_model(
+        request.model,
+        request.loras,
+        dtype,
+        device,
+        request.attention,
+        variant=config.variant,
+        revision=config.revision,
+    )
     recipes = [repeat(old, request, model)] if old else plan(request, model)
     outcome = run(
         recipes,
@@ -164,7 +180,8 @@ def _request(config: GenerateConfig, old: Recipe | None) -> Request:
 
 
 _DEFAULTS = GenerateConfig()
-_BESIDE_FROM = {"from_", "output", "device", "overwrite", "json", "model", "lora", "image", "mask"}
+_MOVED = {"model", "variant", "revision", "lora", "image", "mask"}
+_BESIDE_FROM = {"from_", "output", "device", "overwrite", "json", *_MOVED}
 
 
 def _check_beside_from(config: GenerateConfig) -> None:

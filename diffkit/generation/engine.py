@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ __all__ = [
     "in_batches",
     "render",
     "size_rule",
+    "takes_guidance",
     "weights_digest",
 ]
 
@@ -85,6 +87,12 @@ def size_rule(model: LatentDiffusion) -> SizeRule:
     return SizeRule(Size(width * factor, height * factor), math.lcm(8, factor * patch), largest)
 
 
+def takes_guidance(model: LatentDiffusion) -> bool:
+    """True for a network with the guidance scale as an input (LCM): one call makes a step, so a
+    negative prompt has no part in it."""
+    return getattr(model.denoiser.model.config, "time_cond_proj_dim", None) is not None
+
+
 def weights_digest(model: LatentDiffusion) -> str:
     """Digest of everything loaded that decides pixels: networks, LoRAs, the scheduler's config."""
     parts = [fingerprint_module(part, name) for name, part in sorted(model.networks.items())]
@@ -120,6 +128,8 @@ def render(
     Returns:
         One picture a recipe. Inpainted "pil" pictures keep the input's pixels outside the mask.
     """
+    if len({bool(recipe.negative) for recipe in recipes}) == 2:
+        return _render_apart(model, recipes, output_type)
     first = recipes[0]
     size = Size(first.width, first.height)
     picture = None if first.image is None else fit(read_picture(first.image), size)
@@ -131,7 +141,9 @@ def render(
         "generator": [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes],
         "output_type": output_type,
     }
-    if first.guidance > 1:
+    # SDXL takes an empty negative prompt for a text, and its absence for the zeros that it was
+    # trained with.
+    if first.guidance > 1 and first.negative:
         arguments["negative_prompt"] = [recipe.negative for recipe in recipes]
     kind, more = _kind(model, recipes, picture, mask)
     with _sampler(model, model.pipeline(kind), first) as pipeline:
@@ -139,6 +151,15 @@ def render(
     if output_type == "pil" and picture is not None and mask is not None:
         images = [Image.composite(image, picture, mask) for image in images]
     return images
+
+
+def _render_apart(model: LatentDiffusion, recipes: Sequence[Recipe], output_type: str) -> list[Any]:
+    """`render` in two calls, as a pipeline has a negative prompt for all pictures or for none."""
+    made = {}
+    for negated in (False, True):
+        part = [recipe for recipe in recipes if bool(recipe.negative) == negated]
+        made[negated] = iter(render(model, part, output_type))
+    return [next(made[bool(recipe.negative)]) for recipe in recipes]
 
 
 def _kind(
@@ -153,6 +174,9 @@ def _kind(
     if picture is None:
         return "text2image", size
     start = {"image": [picture] * count, "strength": first.strength}
+    again: Any = model.family.pipeline_class("image2image").__call__
+    if "height" in inspect.signature(again).parameters:
+        start |= size  # SD3 would scale the picture to the model's own size
     if mask is None:
         return "image2image", start
     if takes_masks(model):

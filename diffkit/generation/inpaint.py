@@ -68,6 +68,9 @@ def keep_known(
 def _noised(scheduler: Any, known: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The known latents at time t in the scheduler's own scaling."""
     times = t.reshape(1)
+    noised: Tensor
     if hasattr(scheduler, "scale_noise"):  # flow matching
-        return scheduler.scale_noise(known, times, noise)
-    return scheduler.add_noise(known, noise, times)
+        noised = scheduler.scale_noise(known, times, noise)
+    else:
+        noised = scheduler.add_noise(known, noise, times)
+    return noised

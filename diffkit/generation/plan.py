@@ -16,7 +16,7 @@ from diffkit.console import warn
 from diffkit.errors import UserError
 from diffkit.files import sha256
 from diffkit.generation.card import read_card
-from diffkit.generation.engine import check_strength, size_rule, weights_digest
+from diffkit.generation.engine import check_strength, size_rule, takes_guidance, weights_digest
 from diffkit.generation.inpaint import takes_masks
 from diffkit.generation.pictures import Size, area_size, parse_size, read_mask, read_picture
 from diffkit.generation.recipe import Recipe, differing_keys
@@ -92,11 +92,21 @@ def open_model(
     dtype: torch.dtype,
     device: str,
     attention: str = "sdpa",
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> LatentDiffusion:
     """Load a model for inference and put weighted LoRAs on it. Raises what `load` raises."""
     from diffkit.models.latent_diffusion import LatentDiffusion
 
-    model = LatentDiffusion.load(source, dtype=dtype, device=device, attention=attention)
+    model = LatentDiffusion.load(
+        source,
+        dtype=dtype,
+        device=device,
+        variant=variant,
+        revision=revision,
+        attention=attention,
+    )
     for number, (path, weight) in enumerate(loras):
         from diffkit.models.lora import load_lora
 
@@ -118,6 +128,11 @@ def plan(request: Request, model: LatentDiffusion) -> list[Recipe]:
         guidance = card.guidance(model.family.guidance_scale)
     if request.negative and guidance <= 1:
         raise UserError("--negative: does nothing at a guidance of 1 or below; raise --guidance.")
+    if request.negative and takes_guidance(model):
+        raise UserError(
+            f"--negative: does nothing with {request.model}, whose network is told the guidance "
+            "and never sees a negative prompt; leave it out."
+        )
     if takes_masks(model) and request.mask is None:
         raise UserError(f"{request.model}: this model only inpaints; give --image and --mask.")
     size = _size(request, model)
@@ -181,11 +196,11 @@ def _check_scheduler(request: Request, model: LatentDiffusion) -> None:
 
 
 def _warn_of_long_prompts(prompts: Sequence[str], model: LatentDiffusion) -> None:
-    # Stock pipelines cut a prompt at what each tokenizer's encoder reads.
+    # Stock pipelines cut a prompt at what each tokenizer's encoder reads, or at their own limit.
     for name, tokenizer in model.pipeline().components.items():
         if not name.startswith("tokenizer") or tokenizer is None:
             continue
-        limit = tokenizer.model_max_length
+        limit = model.family.prompt_limits.get(name, tokenizer.model_max_length)
         for prompt in dict.fromkeys(prompts):
             length = len(tokenizer(prompt, verbose=False).input_ids)
             if length > limit:

@@ -177,6 +177,29 @@ def test_from_repeats_an_inpainted_picture_unless_its_input_changed(
     assert "moved.png changed since it was made" in capsys.readouterr().err
 
 
+def test_a_variant_is_chosen_and_repeated(
+    tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the weights of a folder only the plain ones could be used."""
+    from diffkit.models.latent_diffusion import LatentDiffusion
+
+    model = LatentDiffusion.load(tiny_sd)
+    folder, out, again = model.save(tmp_path / "model"), tmp_path / "out", tmp_path / "again"
+    next(model.denoiser.model.parameters()).data.add_(0.1)
+    model.denoiser.model.save_pretrained(folder / "unet", variant="other")
+    words = ("a", "--model", folder, "--variant", "other", "--output", out)
+    assert generate(*words) == 0
+    assert generate("a", "--model", folder, "--output", out) == 2
+    assert "weights (" in capsys.readouterr().err
+    back = ("--from", out / "00000.png", "--output", again)
+    assert generate(*back) == 2
+    assert "the model's weights changed" in capsys.readouterr().err
+    assert generate(*back, "--variant", "other") == 0
+    assert (pixels(again) == pixels(out)).all()
+    assert generate(*words[:3], "--revision", "main", "--output", out) == 2
+    assert "revision is for hub ids" in capsys.readouterr().err
+
+
 def test_from_refuses_what_the_recipe_decides(
     tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,7 +105,7 @@ def test_inpainting_keeps_the_pixels_outside_the_mask(tiny_sd: Path, tmp_path: P
     assert made.crop(left).tobytes() != before.crop(left).tobytes()
 
 
-def with_channels(folder: Path, network: int, latent: int) -> LatentDiffusion:
+def with_channels(folder: Path, network: int, latent: int, **more: int) -> LatentDiffusion:
     """The tiny Stable Diffusion with other input and latent channels."""
     from diffusers import UNet2DConditionModel
 
@@ -113,7 +113,7 @@ def with_channels(folder: Path, network: int, latent: int) -> LatentDiffusion:
 
     pipeline = load(folder).pipeline()
     torch.manual_seed(0)
-    config = dict(pipeline.unet.config) | {"in_channels": network, "out_channels": latent}
+    config = dict(pipeline.unet.config) | {"in_channels": network, "out_channels": latent} | more
     unet = UNet2DConditionModel.from_config(config)
     parts = pipeline.components | {"vae": vae(latent), "unet": unet}
     return LatentDiffusion(type(pipeline)(**parts, requires_safety_checker=False))
@@ -152,6 +152,59 @@ def test_a_network_that_takes_masks_gets_them(tiny_sd: Path, tmp_path: Path) -> 
     assert render(model, plan(request, model))[0].size == (32, 32)
     with pytest.raises(UserError, match="only inpaints"):
         plan(dataclasses.replace(request, mask=None), model)
+
+
+def test_without_a_negative_prompt_sdxl_is_guided_away_from_zeros(tiny_sdxl: Path) -> None:
+    """An empty negative prompt was handed to the pipeline, which then encodes it; SDXL's own null,
+    in stock pipelines and in training, is zeros."""
+    made = recipes(tiny_sdxl)
+    pipeline = load(tiny_sdxl).pipeline()
+    seeds = [torch.Generator().manual_seed(recipe.seed) for recipe in made]
+    size = {"width": made[0].width, "height": made[0].height}
+    options = {"num_inference_steps": 3, "guidance_scale": made[0].guidance, "output_type": "pt"}
+    stock = pipeline(list(PROMPTS), generator=seeds, **size, **options).images
+    ours = torch.stack(list(render(load(tiny_sdxl), made, "pt")))
+    assert (ours - torch.as_tensor(stock)).abs().max() < 1e-5
+    assert (ours - torch.stack(render(load(tiny_sdxl), negated(made), "pt"))).abs().max() > 1e-3
+
+
+def negated(made: list[Recipe]) -> list[Recipe]:
+    return [dataclasses.replace(recipe, negative="the sea") for recipe in made]
+
+
+def test_a_batch_may_mix_pictures_with_and_without_a_negative_prompt(tiny_sdxl: Path) -> None:
+    made = recipes(tiny_sdxl)
+    mixed = [made[0], negated(made)[1], made[2]]
+    assert spread(tiny_sdxl, mixed) < 1e-4
+    alone = torch.as_tensor(render(load(tiny_sdxl), mixed[1:2], "pt")[0])
+    together = torch.as_tensor(render(load(tiny_sdxl), mixed, "pt")[1])
+    assert (alone - together).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_starting_from_a_picture_of_another_size(
+    tiny_folder: Folder, tmp_path: Path, name: str, with_mask: bool
+) -> None:
+    """SD3's pipeline scales the picture to the model's own size unless it is told one, which
+    ignored --size and broke masks."""
+    image, mask = tmp_path / "in.png", tmp_path / "mask.png"
+    Image.effect_noise((48, 24), 80).convert("RGB").save(image)
+    Image.linear_gradient("L").resize((48, 24)).save(mask)
+    folder = tiny_folder(name)
+    values = {"image": image, "mask": mask if with_mask else None, "strength": 0.6, "size": "48x24"}
+    made = render(load(folder), recipes(folder, steps=4, **values))
+    assert [picture.size for picture in made] == [(48, 24)] * 3
+
+
+def test_a_negative_prompt_that_does_nothing_is_refused(tiny_sd: Path) -> None:
+    """A network with the guidance scale as an input (LCM) makes one call a step: the pipeline
+    drops the negative prompt without a word."""
+    model = with_channels(tiny_sd, 4, 4, time_cond_proj_dim=8)
+    request = Request(prompts=("a",), model=str(tiny_sd), steps=2)
+    assert render(model, plan(request, model))[0].size == (32, 32)
+    with pytest.raises(UserError, match="--negative: does nothing with .*told the guidance"):
+        plan(dataclasses.replace(request, negative="b"), model)
 
 
 def test_the_models_own_scheduler_comes_back(tiny_sd: Path) -> None:
@@ -247,3 +300,14 @@ def test_a_prompt_that_is_cut_is_named(tiny_sd: Path, capsys: pytest.CaptureFixt
     errors = capsys.readouterr().err
     assert errors.count("warning") == 1
     assert "reads 12 of the 42 tokens of 'xxxx" in errors
+
+
+def test_sd3_cuts_long_prompts_where_its_pipeline_does(
+    tiny_sd3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """T5's tokenizer says 512, or here 12, but the pipeline reads 256 of its tokens."""
+    prompt = "the sea " * 40
+    recipes(tiny_sd3, prompts=(prompt,))
+    assert "tokenizer_3 reads 256 of the" in capsys.readouterr().err
+    recipes(tiny_sd3, prompts=("the sea " * 5,))
+    assert "tokenizer_3" not in capsys.readouterr().err

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class Family:
         encode_prompts: (pipeline, prompts) -> Conditioning without sizes.
         encode_null: pipeline -> the unconditional Conditioning, batch of one.
         tap_names: model -> the names of the blocks whose output can be read.
+        prompt_limits: tokens that the pipeline reads of a prompt, by tokenizer name, where that is
+            not the tokenizer's own `model_max_length`.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Family:
     encode_prompts: Callable[[Any, list[str]], Conditioning]
     encode_null: Callable[[Any], Conditioning]
     tap_names: Callable[[nn.Module], tuple[str, ...]]
+    prompt_limits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def micro_conditioning(self) -> bool:
@@ -96,6 +99,5 @@ def family_of(pipeline_class: str) -> Family:
             return family
         known.extend(names)
     raise UserError(
-        f"{pipeline_class}: diffkit does not know this pipeline class. "
-        f"It knows {', '.join(known)}."
+        f"{pipeline_class}: diffkit does not know this pipeline class. It knows {', '.join(known)}."
     )

@@ -70,4 +70,5 @@ FAMILY = Family(
     encode_prompts=_encode,
     encode_null=_encode_null,
     tap_names=_tap_names,
+    prompt_limits={"tokenizer_3": 256},  # max_sequence_length of the pipelines
 )
