@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +183,8 @@ def _without_float16(device: str) -> Iterator[None]:
 
 def _check_inputs(model: LatentDiffusion) -> None:
     """Raise `UserError` for a denoiser that needs more than z_t, t and a caption."""
-    config, channels = model.denoiser.model.config, model.codec.channels
+    config: Any = model.denoiser.model.config
+    channels = model.codec.channels
     if config.in_channels != channels:
         raise UserError(
             f"model: its denoiser takes {config.in_channels} channels and the latents have "
@@ -298,6 +300,10 @@ class DenoisingObjective:
     def save(self, folder: Path) -> None:
         """Write a plain diffusers folder, or the LoRA in diffusers' layout."""
         if self.lora is None:
+            encoders = self.model.conditioner.encoders.values()
+            if any(next(encoder.parameters()).dtype != torch.float32 for encoder in encoders):
+                # They computed in the run's precision; the result takes them from the source.
+                self.model.conditioner.free()
             self.model.save(folder, overwrite=True)
         else:
             from diffkit.models.lora import save_lora

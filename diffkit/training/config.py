@@ -25,6 +25,10 @@ class TrainConfig:
     lora/. The same command on the same folder goes on where it stopped."""
     model: str = "embedded"
     """What to start from: a diffusers folder, a hub id, a .safetensors file, or `embedded`."""
+    variant: str | None = None
+    """Which weight files of the model, such as fp16 for *.fp16.safetensors."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
 
     max_steps: int = 1000
     """Training steps in all."""

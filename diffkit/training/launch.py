@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
+
 from diffkit.console import say
 from diffkit.data.fill import cache_embeddings, cache_latents
 from diffkit.data.hub import load_table, open_source
@@ -54,6 +57,8 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
     data = build_data(config, model)
     objective = build_objective(config, model)
     require_tracker(config.tracker)
+    for encoder in model.conditioner.encoders.values():
+        encoder.to(accelerator.device)
     validate = None
     if config.validation_prompts is not None:
         validate = Validation(
@@ -73,31 +78,50 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
     name = config.tracker if main else "none"
     tracker = partial(make_tracker, name, folder.path, config=to_plain(config))
     options: dict[str, Any] = {"validate": validate, "data_identity": data.fingerprint()}
-    return Trainer(objective, data, config, accelerator, folder, tracker, **options).run()
+    trainer = Trainer(objective, data, config, accelerator, folder, tracker, **options)
+    if config.cache_embeddings:
+        model.conditioner.free()  # captions, validation prompts and the null are encoded
+    return trainer.run()
 
 
 def build_model(config: TrainConfig) -> LatentDiffusion:
     """Load the model with exactly the parameters trainable that the run trains.
 
-    A LoRA trains on frozen weights in the precision of the run; full training keeps float32.
+    A LoRA trains on frozen weights in the precision of the run; full training keeps float32. Text
+    encoders are frozen in either case. The VAE keeps float32: it is small, cached latents then
+    serve every precision, and without the cache autocast does its arithmetic.
     """
-    model = LatentDiffusion.load(config.model, attention=config.attention)
+    options: dict[str, Any] = {"variant": config.variant, "revision": config.revision}
+    model = LatentDiffusion.load(config.model, attention=config.attention, **options)
+    dtype = DTYPES[config.mixed_precision]
     network: Any
     for network in model.networks.values():
         network.requires_grad_(False)
+    for encoder in model.conditioner.encoders.values():
+        _lower(encoder, dtype)
     if config.lora_rank is None:
         model.denoiser.model.requires_grad_(True)
     else:
         from diffkit.models.lora import add_lora
 
-        model.denoiser.to(DTYPES[config.mixed_precision])
-        options = config.lora_rank, config.lora_alpha, config.lora_targets
-        add_lora(model, *options, name=LORA_NAME, seed=config.seed)
+        model.denoiser.to(dtype)
+        shape = config.lora_rank, config.lora_alpha, config.lora_targets
+        add_lora(model, *shape, name=LORA_NAME, seed=config.seed)
     model.denoiser.train()
     if config.gradient_checkpointing:
         network = model.denoiser.model
         network.enable_gradient_checkpointing()
     return model
+
+
+def _lower(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a text encoder; layers that overflow in float16 (T5's) stay as transformers has them."""
+    wide: set[str] = set()
+    if dtype == torch.float16:
+        wide = set(getattr(encoder, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers()):
+        if tensor.is_floating_point() and wide.isdisjoint(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
 
 
 def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData | StreamedData:
@@ -148,10 +172,7 @@ def fill_caches(
         cache_latents(data, folder.cache, model.codec, **place)
         model.codec.to("cpu")
     if config.cache_embeddings:
-        encoders = model.conditioner.encoders.values()
-        for encoder in encoders:
+        for encoder in model.conditioner.encoders.values():
             encoder.to(accelerator.device)
         cache_embeddings(data, folder.cache, model.conditioner, **place)
-        for encoder in encoders:
-            encoder.to("cpu")
     accelerator.wait_for_everyone()
