@@ -120,3 +120,15 @@ def test_sharded_state_is_plain_state(tmp_path):
         assert all(plain[key].shape == resumed[key].shape for key in plain)
         for key, value in plain.items():
             torch.testing.assert_close(sharded[key], value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "blocks"),
+    [("sd", ["BasicTransformerBlock", "ResnetBlock2D"]), ("sd3", ["JointTransformerBlock"])],
+)
+def test_networks_are_sharded_block_by_block(model, blocks, tiny_folder):
+    """Each block is gathered alone, and the loss is that of the whole network."""
+    codes, said = launch(2, ["-m", "tests.training.blocks", tiny_folder(model)])
+    assert codes == [0, 0], said
+    assert all(f"FSDP{block}" in said for block in blocks)
