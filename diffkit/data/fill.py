@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["cache_embeddings", "cache_latents"]
 
 _THREADS = 8
+_PIXELS = 8 * 512 * 512
+"""Of one batch of pictures: its activations in a float32 VAE take about 5 GB."""
 
 
 def cache_latents(
@@ -88,15 +90,14 @@ def _pixels(data: TrainingData, position: int, view: View) -> NDArray[np.uint8] 
 def _parts(
     todo: Sequence[tuple[int, View, str]], size: int
 ) -> Iterator[Sequence[tuple[int, View, str]]]:
-    """Runs of at most `size` items of one target size."""
+    """Runs of at most `size` items of one target size, fewer where the pictures are large."""
     ordered = sorted(todo, key=lambda item: item[1].target)
     start = 0
     while start < len(ordered):
+        target = ordered[start][1].target
+        end = start + min(size, _PIXELS // (target[0] * target[1]))
         stop = start + 1
-        while (
-            stop < min(len(ordered), start + size)
-            and ordered[stop][1].target == ordered[start][1].target
-        ):
+        while stop < min(len(ordered), end) and ordered[stop][1].target == target:
             stop += 1
         yield ordered[start:stop]
         start = stop

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from diffkit.data.fill import cache_embeddings, cache_latents
+from diffkit.data.fill import _parts, cache_embeddings, cache_latents
 from diffkit.data.folder import ImageFolder
 from diffkit.data.loader import TrainingData
+from diffkit.data.transforms import View
 from diffkit.errors import RunFailed, UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
 from tests.data.pictures import noise, picture_folder
@@ -117,6 +118,21 @@ def test_two_processes_that_know_nothing_of_each_other(tmp_path, tiny_sd):
     sums = [float(run.communicate()[0]) for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert abs(sums[0] - sums[1]) < 1e-3
+
+
+def test_large_pictures_are_encoded_in_smaller_batches():
+    """Eight pictures of 1024 pixels at once did not fit a GPU that trains on them; two take as much
+    as eight of 512. Small ones stay at the batch size.
+    """
+    sides = (64, 512, 768, 1024, 2048)
+    views = [View((9, 9), (side, side), (0, 0), (side, side), False) for side in sides]
+    todo = [(number, view, "key") for view in views for number in range(8)]
+    found = [(part[0][1].target[0], len(part)) for part in _parts(todo, 8)]
+    assert found == [
+        *[(64, 8), (512, 8), (768, 3), (768, 3), (768, 2)],
+        *[(1024, 2)] * 4,
+        *[(2048, 1)] * 8,
+    ]
 
 
 def test_broken_pictures_are_named_and_the_same_others_stand_in_as_without_a_cache(
