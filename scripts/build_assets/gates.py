@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,11 +42,18 @@ class Pair:
     heldout: bool
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """The concept's name as captions say it: the feature network's class."""
+    name: str = row["text"][0].split(", ")[0]
+    return name
+
+
 def read_pairs(folder: Path, heldout: bool) -> list[Pair]:
     """One pair for each (concept, style) of a folder; the background is a function of its name."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in read_jsonl(folder / "metadata.jsonl"):
-        rows.setdefault((row["concept"], row["style"]), {})[row["background"]] = row["text"][0]
+        captions = rows.setdefault((name_of(row), row["style"]), {})
+        captions[row["background"]] = row["text"][0]
     pairs = []
     for (concept, style), captions in rows.items():
         names = sorted(captions)
@@ -54,7 +62,7 @@ def read_pairs(folder: Path, heldout: bool) -> list[Pair]:
     return pairs
 
 
-def read_pictures(folder: Path) -> tuple[Tensor, list[dict[str, str]]]:
+def read_pictures(folder: Path) -> tuple[Tensor, list[dict[str, Any]]]:
     """All pictures of a folder, (N, 3, H, W) in [-1, 1], and their metadata rows."""
     rows = read_jsonl(folder / "metadata.jsonl")
     arrays = [np.asarray(Image.open(folder / row["file_name"]).convert("RGB")) for row in rows]
@@ -110,11 +118,11 @@ def score(
     pairs: list[Pair],
     samples: int,
     features: FeatureNetwork,
-    real: tuple[Tensor, list[dict[str, str]]],
+    real: tuple[Tensor, list[dict[str, Any]]],
 ) -> dict[str, float]:
     """Fractions in [0, 1] of pictures that show what their caption says."""
     wanted = [pair for pair in pairs for _ in range(samples)]
-    concepts = sorted({row["concept"] for row in real[1]})
+    concepts = sorted({name_of(row) for row in real[1]})
     styles = sorted({row["style"] for row in real[1]})
     with torch.no_grad():
         logits = features.classify(images)
@@ -135,7 +143,7 @@ def score(
         "concept_top5": float(top5.float().mean()),
         "style": float((of_style.argmax(1) == style_truth).float().mean()),
         "concept_nearest": mean(
-            [row["concept"] == p.concept for row, p in zip(neighbours, wanted, strict=True)]
+            [name_of(row) == p.concept for row, p in zip(neighbours, wanted, strict=True)]
         ),
         "style_nearest": mean(
             [row["style"] == p.style for row, p in zip(neighbours, wanted, strict=True)]
@@ -159,7 +167,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path(".build/emoji/t2i-64"))
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--every", type=int, default=1, help="score every n-th pair only")
     parser.add_argument("--output", type=Path, default=Path(".build/gates.json"))
