@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from diffkit import __version__
+from diffkit.console import set_quiet
 from diffkit.errors import RunFailed, UserError
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = type(error).__name__
         print(f"diffkit: {kind}: {error}\nAdd --debug for the traceback.", file=sys.stderr)
         return 1
+    finally:
+        set_quiet(False)  # --json of this command is not that of the next in this process
 
 
 def _dispatch(words: list[str], debug: bool) -> int:

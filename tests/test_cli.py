@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import diffkit
-from diffkit import cli
+from diffkit import cli, console
 from diffkit.cli import COMMANDS, Command, main
 from diffkit.errors import RunFailed, UserError
 
@@ -145,3 +145,13 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     )
     assert done.stdout.startswith("usage: diffkit generate")
     assert done.stderr == ""
+
+
+def test_json_of_one_command_does_not_silence_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--json` silences the console; in one process it used to stay silent for good."""
+    main(["data", "check", str(tmp_path), "--json"])
+    capsys.readouterr()
+    console.say("still heard")
+    assert capsys.readouterr().err == "still heard\n"
