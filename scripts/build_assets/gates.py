@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffkit.console import progress, say
 from diffkit.files import read_jsonl, write_json
+from diffkit.generation.card import read_card
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
@@ -166,8 +167,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--features", type=Path, default=Path("assets/features"))
     parser.add_argument("--data", type=Path, default=Path(".build/emoji/t2i-64"))
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=None, help="the model card's by default")
+    parser.add_argument("--guidance", type=float, default=None, help="the model card's by default")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--every", type=int, default=1, help="score every n-th pair only")
     parser.add_argument("--output", type=Path, default=Path(".build/gates.json"))
@@ -179,6 +180,9 @@ def main() -> None:
     args = arguments()
     start = time.perf_counter()
     model = LatentDiffusion.load(args.model)
+    card = read_card(args.model)
+    steps = args.steps or card.steps
+    guidance = args.guidance or card.guidance(model.family.guidance_scale)
     features = FeatureNetwork.load(args.features).eval()
     heldout_folder = args.data.with_name(args.data.name + "-heldout")
     seen, heldout = read_pairs(args.data, False), read_pairs(heldout_folder, True)
@@ -188,13 +192,13 @@ def main() -> None:
         "model": str(args.model),
         "data": args.data.name,
         "samples_per_caption": args.samples,
-        "steps": args.steps,
-        "guidance_scale": args.guidance,
+        "steps": steps,
+        "guidance_scale": guidance,
         "seed": "picture i from noise address (i, 'gates')",
         "extractor": "diffkit feature network",
     }
     for name, pairs in (("trained_pairs", seen[:: args.every]), ("heldout_pairs", heldout)):
-        images = generate(model, pairs, args.samples, args.steps, args.guidance, args.batch_size)
+        images = generate(model, pairs, args.samples, steps, guidance, args.batch_size)
         result[name] = score(images, pairs, args.samples, features, real)
         if args.sheet is not None:
             sheet(images[:: args.samples], 16, args.sheet.with_stem(f"{args.sheet.stem}-{name}"))
