@@ -27,6 +27,7 @@ test-slow: venv
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow
 
 reproduce: venv
+	test -d .build/emoji/t2i-64 || $(BIN)/python scripts/build_assets/emoji.py --output .build/emoji
 	$(BIN)/python scripts/build_assets/gates.py
 	for script in $$(ls scripts/reproduce/*.py 2>/dev/null); do $(BIN)/python $$script || exit 1; done
 
