@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "data": Command("diffkit.commands.data", "look after a folder of training pictures"),
     "train": Command("diffkit.commands.train", "fine-tune a model (train OBJECTIVE)"),
     "lora": Command("diffkit.commands.lora", "merge, convert and look at LoRA files"),
+    "push": Command("diffkit.commands.push", "upload a saved model or LoRA to the hub"),
 }
 
 

@@ -112,6 +112,7 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
     from diffkit.generation.plan import parse_lora
     from diffkit.models.latent_diffusion import LatentDiffusion
     from diffkit.models.lora import load_lora, merge_lora
+    from diffkit.models.model_card import ModelCard, public_name, write_model_card
 
     model = LatentDiffusion.load(config.model)
     weighted = [parse_lora(text) for text in config.lora]
@@ -120,6 +121,9 @@ def _merge(config: MergeConfig) -> dict[str, Any]:
     merge_lora(model)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     model.to(dtype=dtypes[config.dtype]).save(config.output, overwrite=config.overwrite)
+    added = ", ".join(f"{public_name(path)} with weight {w:g}" for path, w in weighted)
+    card = ModelCard.of(model, relation="merge", objective=f"LoRAs were added: {added}.")
+    write_model_card(config.output, card)
     return {"model": config.model, "loras": weighted, "output": str(config.output)}
 
 

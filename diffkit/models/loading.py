@@ -19,7 +19,7 @@ from diffkit.models.weights import read_header, refuse_pickles
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["EMBEDDED", "load_pipeline", "quiet_libraries", "resolve"]
+__all__ = ["EMBEDDED", "is_hub_id", "load_pipeline", "quiet_libraries", "resolve"]
 
 EMBEDDED = "embedded"
 _WEIGHT_FILE = re.compile(
@@ -35,6 +35,11 @@ _SINGLE_FILE_MARKS = {
     "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "StableDiffusion3Pipeline",
     "model.diffusion_model.input_blocks.0.0.weight": "StableDiffusionPipeline",
 }
+
+
+def is_hub_id(name: str) -> bool:
+    """True for `owner/name` where no such folder or file lies here."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 @contextmanager
@@ -96,7 +101,7 @@ def load_pipeline(
         if revision:
             raise UserError(f"{path}: revision is for hub ids; this is a folder.")
         return _from_folder(path, dtype, variant, parts)
-    if not _HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         raise UserError(
             f"{name}: no such model. Give 'embedded', a diffusers folder (with model_index.json), "
             "a .safetensors file, or a hub id such as 'owner/name'."

@@ -120,6 +120,12 @@ class TrainConfig:
     validation_guidance: float = 5.0
     """Guidance scale of validation pictures."""
 
+    push_to_hub: str | None = None
+    """Upload the finished result to this hub repository, OWNER/NAME; that this can be done is found
+    out at the start."""
+    hub_private: bool = False
+    """Make that repository private when it does not exist yet."""
+
     config: Path | None = None
     """YAML file with values for any of these flags; flags on the command line win."""
     dry_run: bool = False
@@ -169,6 +175,8 @@ class TrainConfig:
         if self.cache_latents and self.crop == "random":
             raise UserError("cache_latents: needs the same crop at every visit; use --crop center.")
 
+        if self.hub_private and self.push_to_hub is None:
+            raise UserError("hub_private: nothing is pushed; add --push-to-hub OWNER/NAME.")
         if self.streaming and (self.cache_latents or self.cache_embeddings):
             raise UserError("streaming: what is read once is not cached; leave the caches out.")
         if self.streaming and self.max_aspect != 1:

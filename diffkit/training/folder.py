@@ -32,6 +32,7 @@ _OF_THE_CALL = ("output", "config", "dry_run", "overwrite")
 _FREE = (
     *("checkpoint_every", "keep", "log_every", "tracker", "workers", "cache"),
     *("validation_prompts", "validation_every", "validation_steps", "validation_guidance"),
+    *("push_to_hub", "hub_private"),
 )
 """May change when a run goes on: they change no number of it."""
 
@@ -62,6 +63,15 @@ class RunFolder:
     def mark_finished(self, step: int) -> None:
         """Say that the result stands."""
         write_json(self._finished, {"step": step, "result": self.result.name})
+
+    def pushed_to(self) -> str | None:
+        """The hub repository that the finished result was pushed to."""
+        found = read_json(self._finished).get("pushed_to")
+        return None if found is None else str(found)
+
+    def mark_pushed(self, repo_id: str) -> None:
+        """Say that the result is on the hub."""
+        write_json(self._finished, {**read_json(self._finished), "pushed_to": repo_id})
 
     def check(self, config: TrainConfig) -> None:
         """Raise `UserError` when the folder holds something else or another run; writes nothing."""

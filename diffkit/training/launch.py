@@ -15,11 +15,13 @@ from diffkit.data.loader import TrainingData
 from diffkit.data.scan import require_captions
 from diffkit.data.stream import StreamedData
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.publish import check_destination
 from diffkit.objectives.base import Objective
 from diffkit.training.config import TrainConfig
 from diffkit.training.configfile import dump, to_plain
 from diffkit.training.devices import DTYPES, make_accelerator, release_accelerator
 from diffkit.training.folder import RunFolder
+from diffkit.training.publish import publish, write_result_card
 from diffkit.training.registry import method_of
 from diffkit.training.trackers import make_tracker, require_tracker
 from diffkit.training.trainer import Trainer
@@ -39,13 +41,19 @@ def train(config: TrainConfig) -> int:
     config.check()
     folder = RunFolder(config)
     folder.check(config)
+    if config.push_to_hub is not None:
+        check_destination(config.push_to_hub, online=True)
     if not config.overwrite and folder.finished(config):
         say(f"{folder.path}: finished already; the result is {folder.result}.")
+        publish(config, folder)
         return 0
     accelerator = make_accelerator(config)
     try:
         config.check_processes(accelerator.num_processes)
-        return _train(config, folder, accelerator)
+        code = _train(config, folder, accelerator)
+        if code == 0 and accelerator.is_main_process:
+            publish(config, folder)
+        return code
     finally:
         folder.release()
         release_accelerator(accelerator)
@@ -78,6 +86,8 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
     name = config.tracker if main else "none"
     tracker = partial(make_tracker, name, folder.path, config=to_plain(config))
     options: dict[str, Any] = {"validate": validate, "data_identity": data.fingerprint()}
+    card = partial(write_result_card, config=config, model=model, metrics=folder.metrics)
+    options["describe"] = card
     trainer = Trainer(objective, data, config, accelerator, folder, tracker, **options)
     if config.cache_embeddings:
         model.conditioner.free()  # captions, validation prompts and the null are encoded

@@ -69,6 +69,7 @@ class Trainer:
         tracker: made once the start of the run is known.
         validate: makes validation pictures after a number of steps, called on every process.
         data_identity: changes with the set of samples; a run does not go on with another set.
+        describe: adds the model card to the saved result.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Trainer:
         tracker: Callable[[int], Tracker],
         validate: Callable[[int, Tracker], None] | None = None,
         data_identity: str = "",
+        describe: Callable[[Path], object] = lambda folder: None,
     ) -> None:
         self.objective = objective
         self.data = data
@@ -91,6 +93,7 @@ class Trainer:
         self._make_tracker = tracker
         self._validate = validate
         self._data_identity = data_identity
+        self._describe = describe
         self._said: Tensor | None = None
         averaged = set(objective.averaged())
         self.players = {
@@ -186,6 +189,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 with storage_errors(self.folder.result), tensor_file_errors():
                     self.objective.save(self.folder.result)
+                    self._describe(self.folder.result)
                 self.folder.mark_finished(self.config.max_steps)
         self.accelerator.wait_for_everyone()
 
