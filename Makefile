@@ -6,6 +6,9 @@ STAMP := .venv/.installed
 # Two test processes with one thread each: torch's own threads would only fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
+# Processes beside each other in `make reproduce`; each has one thread.
+JOBS ?= 2
+
 .PHONY: venv demo test test-slow reproduce bench lint
 
 venv: $(STAMP)
@@ -29,7 +32,9 @@ test-slow: venv
 reproduce: venv
 	test -d .build/emoji/t2i-64 || $(BIN)/python scripts/build_assets/emoji.py --output .build/emoji
 	$(BIN)/python scripts/build_assets/gates.py
-	for script in $$(ls scripts/reproduce/*.py 2>/dev/null); do $(BIN)/python $$script || exit 1; done
+	for script in scripts/reproduce/*.py; do \
+		$(BIN)/python $$script --jobs $(JOBS) --results outputs/reproduce || exit 1; \
+	done
 
 bench: venv
 	mkdir -p outputs/bench
