@@ -1,0 +1,1 @@
+"""Metrics of pictures and of picture sets, see `registry`."""

@@ -1,0 +1,100 @@
+"""Metrics of the pixels themselves: detail, and distances to the other set's same picture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffkit.evaluation.metrics.base import SampleBatch, SampleMetric, Situation
+from diffkit.evaluation.metrics.tools import Toolbox
+from diffkit.evaluation.spectra import high_frequency_energy
+from diffkit.models.named_weights import optional_module
+
+__all__ = ["HIGH_FREQUENCY", "LPIPS", "PSNR", "SSIM"]
+
+PSNR_CEILING = 100.0
+"""dB given to equal pictures, whose PSNR is infinite, and to nearly equal ones above it."""
+
+
+def high_frequency(batch: SampleBatch, tools: Toolbox) -> Tensor:
+    """Share (B,) of the spectral power above half of Nyquist, see `spectra`."""
+    return high_frequency_energy(batch.images).float().cpu()
+
+
+def psnr(batch: SampleBatch, tools: Toolbox) -> Tensor:
+    """Peak signal-to-noise ratio (B,) in dB over the range of 8-bit pixels, at most 100."""
+    functional = optional_module("torchmetrics.functional.image", "evaluate", "the metric psnr")
+    values: Tensor = functional.peak_signal_noise_ratio(
+        batch.images, _other(batch), data_range=2.0, reduction="none", dim=(1, 2, 3)
+    )
+    return values.clamp(max=PSNR_CEILING).float().cpu()
+
+
+def ssim(batch: SampleBatch, tools: Toolbox) -> Tensor:
+    """Structural similarity (B,), Wang et al. 2004, on pixels in [0, 1], Gaussian window 11."""
+    functional = optional_module("torchmetrics.functional.image", "evaluate", "the metric ssim")
+    # Its constants are for luminances that begin at 0: in [-1, 1] grey would count as black.
+    # In float32 the variances of a plain area are rounding alone.
+    mine, other = ((images.double() + 1) / 2 for images in (batch.images, _other(batch)))
+    values: Tensor = functional.structural_similarity_index_measure(
+        mine, other, data_range=1.0, reduction="none"
+    )
+    return values.reshape(-1).float().cpu()
+
+
+def lpips(batch: SampleBatch, tools: Toolbox) -> Tensor:
+    """Learned perceptual distance (B,), Zhang et al. 2018, package lpips."""
+    with torch.no_grad():
+        values: Tensor = tools.lpips(batch.images, _other(batch))
+    return values.reshape(-1).float().cpu()
+
+
+def _other(batch: SampleBatch) -> Tensor:
+    assert batch.other is not None  # the metrics' `needs` has made sure of it
+    return batch.other
+
+
+def _no_lpips(situation: Situation) -> str | None:
+    from diffkit.errors import UserError
+
+    try:
+        situation.tools.lpips  # noqa: B018  # loads it, or says what is missing
+    except UserError as error:
+        return str(error)
+    return None
+
+
+HIGH_FREQUENCY = SampleMetric(
+    "high_frequency",
+    "high-frequency energy",
+    None,
+    frozenset(),
+    "Share of a picture's detail above half the highest frequency. Blur lowers it, noise raises "
+    "it; compare with that of the real pictures.",
+    run=high_frequency,
+)
+PSNR = SampleMetric(
+    "psnr",
+    "PSNR to the other set's picture, dB",
+    "higher",
+    frozenset({"against"}),
+    "How near the pictures of both sets from the same noise are, pixel by pixel.",
+    run=psnr,
+)
+SSIM = SampleMetric(
+    "ssim",
+    "SSIM to the other set's picture",
+    "higher",
+    frozenset({"against"}),
+    "How alike the pictures of both sets from the same noise are in local structure; 1 is equal.",
+    run=ssim,
+)
+LPIPS = SampleMetric(
+    "lpips",
+    "LPIPS to the other set's picture",
+    "lower",
+    frozenset({"against", "lpips"}),
+    "How different the pictures of both sets from the same noise look to a network; 0 is equal.",
+    refuse=_no_lpips,
+    run=lpips,
+)

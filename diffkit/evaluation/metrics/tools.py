@@ -1,0 +1,174 @@
+"""The networks that metrics share, each loaded at its first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkit.errors import UserError
+from diffkit.evaluation.extractors import EMBEDDED_RESIZE
+from diffkit.models.feature_network import FeatureNetwork
+from diffkit.models.fingerprint import fingerprint_module
+from diffkit.models.named_weights import load_named_weights, optional_module
+from diffkit.models.text_image_scorer import TextImageScorer
+
+__all__ = ["Scorer", "Toolbox", "load_lpips", "load_scorer"]
+
+_TEXTS = 64  # texts a call of the text tower
+_BACKBONES = {
+    "alex": ("alexnet", "alexnet-owt-7be5be79.pth"),
+    "vgg": ("vgg16", "vgg16-397923af.pth"),
+}
+_BACKBONE_URL = "https://download.pytorch.org/models/"
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A text-image model; `embed_images` and `embed_texts` give unit vectors of one space."""
+
+    name: str
+    label: str
+    resize: str
+    key: str
+    embed_images: Callable[[Tensor], Tensor]
+    embed_texts: Callable[[list[str]], Tensor]
+
+
+def load_scorer(spec: str, device: torch.device) -> Scorer:
+    """The scorer "embedded", or one of open_clip by a name as `extractors` takes it.
+
+    Raises `UserError` for an unknown name or weights that cannot be had.
+    """
+    if spec.startswith("clip:"):
+        from diffkit.evaluation.clip import load_clip
+
+        clip = load_clip(spec, device)
+        return Scorer(
+            clip.name, clip.label, clip.resize, clip.key, clip.embed_images, clip.embed_texts
+        )
+    if spec != "embedded":
+        raise UserError(f"scorer {spec!r}: unknown. Known: embedded, clip:ARCH:TAG_OR_PATH.")
+    from diffkit.assets import path
+
+    network = TextImageScorer.load(path("scorer")).to(device).requires_grad_(False)
+    return Scorer(
+        name="embedded",
+        label="diffkit text-image scorer",
+        resize=EMBEDDED_RESIZE,
+        key=fingerprint_module(network),
+        embed_images=network.embed_images,
+        embed_texts=network.embed_texts,
+    )
+
+
+def load_lpips(spec: str, device: torch.device) -> Any:
+    """The LPIPS network of the package lpips (version 0.1) with a backbone from a file.
+
+    `spec` is "alex", "vgg" (the backbone from torch hub's cache folder), "alex:PATH" or "vgg:PATH".
+    The linear layers come with the package; nothing is downloaded. Raises `UserError`.
+    """
+    kind, _, path = spec.partition(":")
+    if kind not in _BACKBONES:
+        raise UserError(f"lpips {spec!r}: unknown. Known: alex, vgg, alex:PATH, vgg:PATH.")
+    lpips = optional_module("lpips", "evaluate", "the metric lpips")
+    name, cached = _BACKBONES[kind]
+    file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / cached
+    if not path and not file.is_file():
+        raise UserError(
+            f"lpips: the weights of its backbone {name} are not on this machine. Download "
+            f"{_BACKBONE_URL}{cached} and give the file as {kind}:PATH."
+        )
+    state = load_named_weights(file)
+    # `pnet_rand` keeps torchvision from downloading the backbone.
+    network = lpips.LPIPS(net=kind, pnet_rand=True, verbose=False)
+    # slice2.3.weight of lpips is features.3.weight of torchvision.
+    wanted = {key: f"features.{key.partition('.')[2]}" for key in network.net.state_dict()}
+    try:
+        network.net.load_state_dict({key: state[source] for key, source in wanted.items()})
+    except (KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{file}: are not weights of torchvision's {name} ({first}).") from error
+    return network.to(device).eval().requires_grad_(False)
+
+
+class Toolbox:
+    """Networks by need: "scorer", "classifier", "lpips".
+
+    Arguments:
+        device: where they run.
+        scorer, lpips: see `load_scorer` and `load_lpips`.
+        prompts: of the run, in any order and with repeats: retrieval and the classifier choose
+            among what these name.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        scorer: str = "embedded",
+        lpips: str = "alex",
+        prompts: Sequence[str] = (),
+    ) -> None:
+        self.device = torch.device(device)
+        self.scorer_spec = scorer
+        self.lpips_spec = lpips
+        self.prompts = tuple(dict.fromkeys(prompts))
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The text-image model."""
+        return load_scorer(self.scorer_spec, self.device)
+
+    @cached_property
+    def classifier(self) -> FeatureNetwork:
+        """The embedded classifier of concepts and styles."""
+        from diffkit.assets import path
+
+        return FeatureNetwork.load(path("features")).to(self.device).requires_grad_(False)
+
+    @cached_property
+    def lpips(self) -> Any:
+        """The LPIPS network."""
+        return load_lpips(self.lpips_spec, self.device)
+
+    @cached_property
+    def prompt_embeddings(self) -> Tensor:
+        """Unit vectors (P, D) of the run's distinct prompts."""
+        with torch.no_grad():
+            parts = [
+                self.scorer.embed_texts(list(self.prompts[start : start + _TEXTS]))
+                for start in range(0, len(self.prompts), _TEXTS)
+            ]
+        return torch.cat(parts)
+
+    @cached_property
+    def prompt_numbers(self) -> dict[str, int]:
+        """Rows of `prompt_embeddings`."""
+        return {text: number for number, text in enumerate(self.prompts)}
+
+    def label(self, need: str) -> str:
+        """What the report calls a network."""
+        if need == "scorer":
+            return self.scorer.label
+        return {
+            "classifier": "diffkit feature network",
+            "lpips": f"lpips 0.1, {_BACKBONES[self.lpips_spec.partition(':')[0]][0]}",
+        }[need]
+
+    def resize(self, need: str) -> str:
+        """How a network resizes pictures."""
+        if need == "scorer":
+            return self.scorer.resize
+        return {"classifier": EMBEDDED_RESIZE, "lpips": "pictures at their own size"}[need]
+
+    def key(self, need: str) -> str:
+        """A digest of a network's weights: values of another key are not comparable."""
+        if need == "scorer":
+            return self.scorer.key
+        return fingerprint_module(self.classifier if need == "classifier" else self.lpips)
