@@ -14,8 +14,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -53,6 +59,12 @@ def t5_tokenizer() -> T5Tokenizer:
     letters = "▁abcdefghijklmnopqrstuvwxyz,.0123456789"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -2.0) for c in letters)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_LENGTH)
+
+
+def t5_encoder() -> T5EncoderModel:
+    """One layer of width 32."""
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5EncoderModel(config)
 
 
 def _clip_config(width: int = 16) -> CLIPTextConfig:
@@ -197,14 +209,13 @@ def build_sd3(folder: Path, seed: int = 0) -> Path:
         pooled_projection_dim=32,
         out_channels=16,
     )
-    t5 = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
         text_encoder=CLIPTextModelWithProjection(_clip_config()),
         text_encoder_2=CLIPTextModelWithProjection(_clip_config()),
-        text_encoder_3=T5EncoderModel(t5),
+        text_encoder_3=t5_encoder(),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         tokenizer_3=t5_tokenizer(),
@@ -213,10 +224,74 @@ def build_sd3(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def build_flux(folder: Path, distilled: bool = True, seed: int = 0) -> Path:
+    """Flux: dev, distilled to be told the guidance scale, or schnell."""
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=distilled,
+        axes_dims_rope=(2, 2, 4),
+    )
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if distilled else {"shift": 1.0}
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+        vae=vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159),
+        text_encoder=CLIPTextModel(_clip_config()),
+        text_encoder_2=t5_encoder(),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _build_pixart(folder: Path, pipeline_class: Any, seed: int, **config: Any) -> Path:
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        cross_attention_dim=24,
+        caption_channels=32,
+        **config,
+    )
+    pipeline = pipeline_class(
+        transformer=transformer,
+        # diffusers' DDIM steps past the times that "linspace", the released models' spacing, gives.
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing="trailing"),
+        vae=vae(),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def build_pixart_alpha(folder: Path, seed: int = 0) -> Path:
+    """PixArt-alpha as at 1024 pixels: it is told sizes, which its pipeline sees by the 128."""
+    return _build_pixart(folder, PixArtAlphaPipeline, seed, sample_size=128)
+
+
+def build_pixart_sigma(folder: Path, seed: int = 0) -> Path:
+    """PixArt-Sigma, which is told no sizes."""
+    return _build_pixart(folder, PixArtSigmaPipeline, seed, sample_size=16)
+
+
 BUILDERS = {
     "sd": build_sd,
     "sd-old": build_old_sd,
     "sd-v": lambda folder: build_sd(folder, "v_prediction", zero_snr=True),
     "sdxl": build_sdxl,
     "sd3": build_sd3,
+    "flux": build_flux,
+    "flux-schnell": lambda folder: build_flux(folder, distilled=False),
+    "pixart-alpha": build_pixart_alpha,
+    "pixart-sigma": build_pixart_sigma,
 }

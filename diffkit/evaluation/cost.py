@@ -184,13 +184,14 @@ def model_cost(model: LatentDiffusion, width: int, height: int) -> ModelCost:
     conditioner, denoiser, vae = model.conditioner, model.denoiser, model.codec.vae
     cond = conditioner.encode(["a"], (height, width))
     z_0 = torch.empty(1, channels, h, w, device=device, dtype=model.dtype)
-    config: Any = denoiser.model.config
-    z_t = z_0.new_empty(1, config.in_channels, h, w)  # more than z_0 has where a mask goes in
+    # more channels than z_0 has where a mask goes in
+    z_t = z_0.new_empty(1, denoiser.geometry.channels, h, w)
     t = torch.ones(1, device=device)
+    guidance = t if model.family.takes_guidance else None
     return ModelCost(
         parameters={name: parameter_count(part) for name, part in model.networks.items()},
         text=count(lambda: conditioner.encode(["a"], (height, width))),
-        denoiser=count(lambda: denoiser(z_t, t, cond)),
+        denoiser=count(lambda: denoiser(z_t, t, cond, guidance)),
         decode=count(lambda: vae.decode(z_0)),
         width=width,
         height=height,

@@ -77,20 +77,18 @@ class SizeRule(NamedTuple):
 
 def size_rule(model: LatentDiffusion) -> SizeRule:
     """Read a model's `SizeRule` out of its configs."""
-    config: Any = model.denoiser.model.config
-    factor, patch = model.codec.factor, getattr(config, "patch_size", None) or 1
-    sample = config.sample_size
-    height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
-    positions = getattr(config, "pos_embed_max_size", None)
-    largest = positions * factor * patch if positions else None
+    factor, geometry = model.codec.factor, model.denoiser.geometry
+    height, width = geometry.sample
+    largest = None if geometry.largest is None else geometry.largest * factor
     # Stock pipelines ask for multiples of 8 whatever the codec's factor is.
-    return SizeRule(Size(width * factor, height * factor), math.lcm(8, factor * patch), largest)
+    unit = math.lcm(8, factor * geometry.patch)
+    return SizeRule(Size(width * factor, height * factor), unit, largest)
 
 
 def takes_guidance(model: LatentDiffusion) -> bool:
-    """True for a network with the guidance scale as an input (LCM): one call makes a step, so a
-    negative prompt has no part in it."""
-    return getattr(model.denoiser.model.config, "time_cond_proj_dim", None) is not None
+    """True for a network with the guidance scale as an input (LCM, Flux-dev): one call makes a
+    step, so a negative prompt has no part in it."""
+    return model.family.takes_guidance
 
 
 def weights_digest(model: LatentDiffusion) -> str:
@@ -137,14 +135,11 @@ def render(
     arguments: dict[str, Any] = {
         "prompt": [recipe.prompt for recipe in recipes],
         "num_inference_steps": first.steps,
-        "guidance_scale": first.guidance,
         "generator": [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes],
         "output_type": output_type,
     }
-    # SDXL takes an empty negative prompt for a text, and its absence for the zeros that it was
-    # trained with.
-    if first.guidance > 1 and first.negative:
-        arguments["negative_prompt"] = [recipe.negative for recipe in recipes]
+    family, negatives = model.family, [recipe.negative for recipe in recipes]
+    arguments |= family.pipeline_arguments(family, first.guidance, negatives)
     kind, more = _kind(model, recipes, picture, mask)
     with _sampler(model, model.pipeline(kind), first) as pipeline:
         images: list[Any] = list(pipeline(**arguments, **more).images)

@@ -29,8 +29,7 @@ StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 def takes_masks(model: LatentDiffusion) -> bool:
     """True for a network that was trained to inpaint, with extra channels for mask and picture."""
-    config: Any = model.denoiser.model.config
-    return bool(config.in_channels > model.codec.channels)
+    return model.denoiser.geometry.channels > model.codec.channels
 
 
 @torch.no_grad()
@@ -51,7 +50,9 @@ def keep_known(
     levels = torch.from_numpy(np.array(mask, dtype=np.float32) / 255)[None, None].to(device)
     repainted = F.interpolate(levels, size=known.shape[-2:])
     noise = torch.stack([normal(known.shape[1:], seed, "inpaint") for seed in seeds]).to(known)
-    known = known.expand_as(noise)
+    pack = model.family.pack
+    repainted = pack(repainted.expand_as(noise))
+    known, noise = pack(known.expand_as(noise)), pack(noise)
 
     def step_end(pipeline: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         left = pipeline.num_timesteps - step - 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffkit.errors import UserError
 from diffkit.models.conditioner import Conditioning
-from diffkit.models.families import Family
+from diffkit.models.families import Family, Geometry
 from diffkit.models.schedule import Prediction, Schedule
 
 __all__ = ["Denoiser", "set_attention"]
@@ -27,7 +27,7 @@ class Denoiser(nn.Module):
     def __init__(self, model: nn.Module, family: Family, schedule: Schedule) -> None:
         super().__init__()
         self.model = model
-        self.family = family
+        self.family = family.of(model)
         self.schedule = schedule
 
     @property
@@ -58,18 +58,35 @@ class Denoiser(nn.Module):
         return self.schedule.prediction(self(z_t, t, cond, guidance), z_t, t)
 
     def guided(
-        self, z_t: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, scale: float
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning,
+        scale: float,
+        guidance: Tensor | None = None,
     ) -> Prediction:
         """Classifier-free guidance in diffusers' convention (Ho & Salimans 2022).
 
         output = o_uncond + scale (o_cond - o_uncond), both in one batch of 2B; scale = 1 is the
-        conditional model.
+        conditional model. `guidance` is told to the network in both halves, see `forward`.
         """
         self.family.require("cfg")
         both = Conditioning.cat([uncond, cond])
-        outputs = self(torch.cat([z_t, z_t]), torch.cat([t, t]), both).float()
+        told = None if guidance is None else torch.cat([guidance, guidance])
+        outputs = self(torch.cat([z_t, z_t]), torch.cat([t, t]), both, told).float()
         without, given = outputs.chunk(2)
         return self.schedule.prediction(without + scale * (given - without), z_t, t)
+
+    @property
+    def geometry(self) -> Geometry:
+        """What latents the network takes."""
+        return self.family.geometry(self.model)
+
+    def tokens(self, height: int, width: int) -> int:
+        """Number of tokens of latents (B, C, height, width)."""
+        patch = self.geometry.patch
+        return (height // patch) * (width // patch)
 
     @property
     def tap_names(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ class LatentDiffusion:
         conditioner: prompts -> `Conditioning`.
         denoiser: (z_t, t, conditioning) -> output.
         schedule: alpha_t, sigma_t and the parametrisation.
-        family: what this model class can do.
+        family: what this model can do.
         source: the path or hub id that it was loaded from, "" for one built in memory.
 
     Example:
@@ -40,14 +40,15 @@ class LatentDiffusion:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, source: str = "", **load_options: Any) -> None:
-        self.family: Family = family_of(type(pipeline).__name__)
+        table = family_of(type(pipeline).__name__)
+        network: Any = getattr(pipeline, table.denoiser)
+        self.family: Family = table.of(network)
         self._pipeline = pipeline
         self.source = source
         self._load_options = load_options
-        self.schedule = Schedule.from_scheduler(pipeline.scheduler)
+        self.schedule = Schedule.from_scheduler(pipeline.scheduler, self.family.flow_spacing)
         self.codec = Codec(pipeline.vae)
         self.conditioner = Conditioner(self.family, pipeline)
-        network: Any = getattr(pipeline, self.family.denoiser)
         self.denoiser = Denoiser(network, self.family, self.schedule)
 
     @classmethod
@@ -124,14 +125,12 @@ class LatentDiffusion:
 
         A U-Net needs no more: diffusers' upsamplers restore odd latent sizes.
         """
-        patch = getattr(self.denoiser.model.config, "patch_size", None) or 1
-        return int(self.codec.factor * patch)
+        return self.codec.factor * self.denoiser.geometry.patch
 
     @property
     def default_size(self) -> int:
         """The side in pixels that the model was trained at, from its own config."""
-        config: Any = self.denoiser.model.config
-        return int(config.sample_size * self.codec.factor)
+        return self.denoiser.geometry.sample[0] * self.codec.factor
 
     def check_size(self, height: int, width: int) -> None:
         """Raise `UserError` with the nearest right size when a picture size cannot be used."""

@@ -21,35 +21,48 @@ def sample(
     *,
     steps: int = 25,
     guidance_scale: float = 1.0,
+    true_cfg_scale: float = 1.0,
     mu: float | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w) from noise of the same shape, deterministically.
 
     z_s = alpha_s x0 + sigma_s eps from one time to the next: DDIM with eta = 0 (Song et al. 2021)
-    on a DDPM table, Euler on a flow. It equals the stock pipeline with DDIMScheduler or
-    FlowMatchEulerDiscreteScheduler, where `steps` divides T for "trailing" and "linspace" spacing
-    (otherwise diffusers' DDIM rounds the two ends of a step differently).
+    on a DDPM table, Euler on a flow and for EDM. It equals the stock pipeline with DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler or EDMEulerScheduler; with DDIMScheduler where `steps` divides T
+    for "trailing" spacing (otherwise diffusers' DDIM rounds the two ends of a step differently, and
+    with "linspace" it steps to times that it then does not visit).
 
     Args:
         denoiser: the network and its schedule.
         noise: (B, C, h, w) standard normal draws.
         cond: B conditionings.
-        uncond: B unconditional ones; needed when `guidance_scale` is not 1.
-        steps: number of network calls.
-        guidance_scale: diffusers' convention, 1 is no guidance.
-        mu: resolution shift of a flow schedule with dynamic shifting.
+        uncond: B unconditional ones; needed for classifier-free guidance.
+        steps: number of sampling steps.
+        guidance_scale: diffusers' convention. A network with a guidance embedding is told the
+            scale; for others it is that of classifier-free guidance, and 1 is none.
+        true_cfg_scale: of classifier-free guidance besides, for a network with a guidance embedding
+            that has both (Flux); 1 is none.
+        mu: resolution shift of a flow schedule with dynamic shifting; by default the one that the
+            stock pipelines find for this size.
     """
-    if guidance_scale != 1.0 and uncond is None:
+    told = denoiser.family.takes_guidance
+    if true_cfg_scale != 1.0 and not told:
+        raise ValueError("true_cfg_scale is for a network with a guidance embedding")
+    scale = true_cfg_scale if told else guidance_scale
+    if scale != 1.0 and uncond is None:
         raise ValueError("guidance needs uncond")
+    guidance = noise.new_full((len(noise),), guidance_scale) if told else None
     schedule = denoiser.schedule
+    if mu is None and schedule.shifts_by_resolution:
+        mu = schedule.mu(denoiser.tokens(*noise.shape[-2:]))
     times = schedule.sampling_timesteps(steps, mu).to(noise.device)
-    z_t = noise.float()
+    z_t = schedule.init_noise_sigma * noise.float()
     pairs = list(zip(times[:-1], times[1:], strict=True))
     for t, s in progress(pairs, "sampling"):
         t_batch = t.expand(len(z_t))
-        if guidance_scale == 1.0 or uncond is None:
-            prediction = denoiser.predict(z_t, t_batch, cond)
+        if scale == 1.0 or uncond is None:
+            prediction = denoiser.predict(z_t, t_batch, cond, guidance)
         else:
-            prediction = denoiser.guided(z_t, t_batch, cond, uncond, guidance_scale)
+            prediction = denoiser.guided(z_t, t_batch, cond, uncond, scale, guidance)
         z_t = schedule.step(prediction, s)
     return z_t

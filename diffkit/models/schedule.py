@@ -28,10 +28,11 @@ from torch import Tensor
 
 from diffkit.errors import UserError
 
-__all__ = ["Density", "Parametrization", "Prediction", "Schedule", "convert"]
+__all__ = ["Density", "FlowSpacing", "Parametrization", "Prediction", "Schedule", "convert"]
 
 Parametrization = Literal["epsilon", "sample", "v_prediction", "velocity"]
 Density = Literal["uniform", "logit_normal"]
+FlowSpacing = Literal["scheduler", "fractions"]
 
 _FLOW_NAMES = {"flow_prediction": "velocity"}  # diffusers' name for it in some schedulers
 
@@ -161,6 +162,7 @@ class Schedule:
         num_train_timesteps: int,
         scheduler: Any,
         alphas_cumprod: Tensor | None = None,
+        spacing: FlowSpacing = "scheduler",
     ) -> None:
         """Use `from_scheduler`; `alphas_cumprod` (T+1,) ends with the value at t = -1."""
         _coefficients(prediction_type, torch.ones(()), torch.ones(()))  # refuses unknown names
@@ -168,14 +170,21 @@ class Schedule:
         self.prediction_type: Parametrization = prediction_type
         self.num_train_timesteps = num_train_timesteps
         self._scheduler = scheduler
+        self._spacing = spacing
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         if alphas_cumprod is not None:
             table = alphas_cumprod.double()
             self._base = table.sqrt(), (1 - table).sqrt()
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> Schedule:
+    def from_scheduler(cls, scheduler: Any, spacing: FlowSpacing = "scheduler") -> Schedule:
         """Read the schedule out of any diffusers scheduler of the DDPM or flow-matching kind.
+
+        Args:
+            scheduler: any of them; it is not changed.
+            spacing: the n sampling times of a flow before they are shifted: the scheduler's own,
+                equally spaced from T to its last training time, or the "fractions" T (n - i) / n
+                that Flux's pipelines hand to it.
 
         Raises:
             UserError: the scheduler is of another kind.
@@ -184,7 +193,8 @@ class Schedule:
 
         config = scheduler.config
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            return cls("flow", "velocity", config.num_train_timesteps, copy.deepcopy(scheduler))
+            own = copy.deepcopy(scheduler)
+            return cls("flow", "velocity", config.num_train_timesteps, own, spacing=spacing)
         if not hasattr(scheduler, "alphas_cumprod"):
             raise UserError(
                 f"{type(scheduler).__name__} is neither a DDPM-type nor a flow-matching scheduler; "
@@ -200,6 +210,24 @@ class Schedule:
     def zero_terminal_snr(self) -> bool:
         """True when the last training time is pure noise (alpha = 0; Lin et al. 2023)."""
         return self.kind == "flow" or bool(self._base[0][self.num_train_timesteps - 1] < 1e-4)
+
+    @property
+    def shifts_by_resolution(self) -> bool:
+        """True for a flow whose sampling times depend on the picture's size, see `mu`."""
+        return self.kind == "flow" and bool(self._scheduler.config.use_dynamic_shifting)
+
+    def mu(self, tokens: int) -> float:
+        """The resolution shift of a picture of that many tokens, as the stock pipelines find it.
+
+        mu is linear in the number of tokens, through (base_image_seq_len, base_shift) and
+        (max_image_seq_len, max_shift) of the scheduler's config. With "exponential" shifting the
+        times become exp(mu) s / (1 + (exp(mu) - 1) s) (Esser et al. 2024, section 5.3.2).
+        """
+        config = self._scheduler.config
+        slope = (config.max_shift - config.base_shift) / (
+            config.max_image_seq_len - config.base_image_seq_len
+        )
+        return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
 
     def alpha_sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(alpha_t, sigma_t), each of t's shape, in `dtype`, on t's device."""
@@ -244,7 +272,8 @@ class Schedule:
 
         DDPM: floor(u T), int64. Flow: t = T shift(s), where s = 1 - u, or for "logit_normal"
         s = sigmoid(mean + std Phi^-1(u)) (Esser et al. 2024, equation 19), and
-        shift(s) = k s / (1 + (k - 1) s) with the scheduler's own k; float32 in (0, T].
+        shift(s) = k s / (1 + (k - 1) s) with the scheduler's own k; float32 in (0, T]. A scheduler
+        that shifts by resolution leaves its training times unshifted, k = 1.
         """
         if self.kind == "ddpm":
             if density != "uniform":
@@ -255,7 +284,7 @@ class Schedule:
             s = torch.sigmoid(mean + std * normal)
         else:
             s = 1 - u
-        shift = float(getattr(self._scheduler, "shift", 1.0))
+        shift = 1.0 if self.shifts_by_resolution else float(self._scheduler.shift)
         return self.num_train_timesteps * (shift * s / (1 + (shift - 1) * s))
 
     def sampling_timesteps(self, steps: int, mu: float | None = None) -> Tensor:
@@ -266,9 +295,11 @@ class Schedule:
         """
         scheduler = copy.deepcopy(self._scheduler)
         if self.kind == "flow":
-            if scheduler.config.use_dynamic_shifting and mu is None:
+            if self.shifts_by_resolution and mu is None:
                 raise UserError("this scheduler shifts its times by resolution: give mu.")
-            extra = {} if mu is None else {"mu": mu}
+            extra: dict[str, Any] = {} if mu is None else {"mu": mu}
+            if self._spacing == "fractions":
+                extra["sigmas"] = [(steps - i) / steps for i in range(steps)]
             scheduler.set_timesteps(steps, **extra)
             return torch.cat([scheduler.sigmas[:-1] * self.num_train_timesteps, torch.zeros(1)])
         if not 1 <= steps <= self.num_train_timesteps:

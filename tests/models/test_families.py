@@ -14,7 +14,16 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
 from diffkit.randomness import normal
 
-NAMES = ("sd", "sd-v", "sdxl", "sd3")
+NAMES = (
+    "sd",
+    "sd-v",
+    "sdxl",
+    "sd3",
+    "flux",
+    "flux-schnell",
+    "pixart-alpha",
+    "pixart-sigma",
+)
 PROMPTS = ["a cat", "a red dog"]
 STEPS, SCALE = 5, 4.0
 
@@ -30,17 +39,23 @@ def ours(model, noise):
 def stock(pipeline, noise):
     """The pipeline's own loop with the deterministic scheduler of its kind."""
     pipeline.set_progress_bar_config(disable=True)
+    family = LatentDiffusion(pipeline).family
     if "beta_start" in pipeline.scheduler.config:
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     return pipeline(
         PROMPTS,
-        latents=noise.clone(),
+        latents=family.pack(noise.clone()),
         num_inference_steps=STEPS,
-        guidance_scale=SCALE,
+        **family.pipeline_arguments(family, SCALE, ["", ""]),
         height=32,
         width=32,
         output_type="pt",
     ).images
+
+
+def told(model, n):
+    """The guidance scale as an input, for a network that has it."""
+    return torch.full((n,), SCALE) if model.family.takes_guidance else None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +78,7 @@ def test_bfloat16_networks_run_with_float32_results(tiny_folder, name):
     assert model.dtype == torch.bfloat16
     noise = normal((2, *model.latent_shape(32, 32)), 0, name)
     cond = model.conditioner.encode(PROMPTS, (32, 32))
-    prediction = model.denoiser.predict(noise, torch.tensor([300, 300]), cond)
+    prediction = model.denoiser.predict(noise, torch.tensor([300, 300]), cond, told(model, 2))
     assert prediction.x0.dtype == torch.float32
     latents = sample(model.denoiser, noise, cond, steps=2)
     assert latents.dtype == torch.float32 and latents.isfinite().all()
@@ -76,7 +91,7 @@ def test_taps_collect_the_named_blocks_with_gradients(tiny_folder, name):
     cond = model.conditioner.encode(["a cat"], (32, 32))
     names = model.denoiser.tap_names
     with model.denoiser.taps(names) as found:
-        model.denoiser(z_t, torch.tensor([500]), cond)
+        model.denoiser(z_t, torch.tensor([500]), cond, told(model, 1))
     assert tuple(found) == names
     for value in found.values():
         (gradient,) = torch.autograd.grad(value.square().sum(), z_t, retain_graph=True)
@@ -160,13 +175,17 @@ def test_freed_encoders_come_back_when_the_model_is_saved(tiny_sd, tmp_path):
     assert torch.equal(again.tokens, expected.tokens)
 
 
-@pytest.mark.parametrize("kind", ["text2image", "image2image", "inpaint"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_kind_of_stock_pipeline_shares_the_weights(tiny_folder, name, kind):
+def test_every_kind_of_stock_pipeline_shares_the_weights(tiny_folder, name):
     model = LatentDiffusion.load(tiny_folder(name))
-    pipeline = model.pipeline(kind)
-    assert type(pipeline).__name__ == model.family.pipelines[kind]
-    assert getattr(pipeline, model.family.denoiser) is model.denoiser.model
+    for kind in ("text2image", "image2image", "inpaint"):
+        if kind not in model.family.pipelines:
+            with pytest.raises(UserError, match=f"{model.family.name} models have no {kind}"):
+                model.pipeline(kind)
+            continue
+        pipeline = model.pipeline(kind)
+        assert type(pipeline).__name__ == model.family.pipelines[kind]
+        assert getattr(pipeline, model.family.denoiser) is model.denoiser.model
 
 
 def test_sizes(tiny_sd, tiny_sd3):

@@ -15,13 +15,57 @@ from torch import Tensor, nn
 
 from diffkit.errors import UserError
 from diffkit.models.conditioner import Conditioning
+from diffkit.models.schedule import FlowSpacing
 
-__all__ = ["Capability", "Family", "PipelineKind", "families", "family_of"]
+__all__ = ["Capability", "Family", "Geometry", "PipelineKind", "families", "family_of"]
 
 PipelineKind = Literal["text2image", "image2image", "inpaint"]
 Capability = Literal["lora", "cfg", "guidance_embedding", "taps", "micro_conditioning", "kohya"]
 
-_MODULES = ("sd", "sdxl", "sd3")
+_MODULES = ("sd", "sdxl", "sd3", "flux", "pixart", "pixart_sigma")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a denoiser's config says of the latents (B, C, h, w) that it takes.
+
+    Attributes:
+        channels: C of its input; more than the codec's where a mask goes in too.
+        patch: latent pixels along one side of a token; 1 for a U-Net.
+        sample: (h, w) that it was trained at.
+        largest: the largest latent side, None where there is no limit.
+    """
+
+    channels: int
+    patch: int
+    sample: tuple[int, int]
+    largest: int | None = None
+
+
+def _geometry(model: Any) -> Geometry:
+    config = model.config
+    patch, sample = config.get("patch_size") or 1, config.sample_size
+    height, width = sample if isinstance(sample, (list, tuple)) else (sample, sample)
+    positions = config.get("pos_embed_max_size")
+    largest = positions * patch if positions else None
+    return Geometry(config.in_channels, patch, (height, width), largest)
+
+
+def _same(family: Family, model: Any) -> Family:
+    return family
+
+
+def _unpacked(latents: Tensor) -> Tensor:
+    return latents
+
+
+def _guidance_arguments(family: Family, guidance: float, negatives: list[str]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"guidance_scale": guidance}
+    # SDXL takes an empty negative prompt for a text, and its absence for the zeros that it was
+    # trained with.
+    if guidance > 1 and any(negatives):
+        arguments["negative_prompt"] = negatives
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -43,6 +87,14 @@ class Family:
         tap_names: model -> the names of the blocks whose output can be read.
         prompt_limits: tokens that the pipeline reads of a prompt, by tokenizer name, where that is
             not the tokenizer's own `model_max_length`.
+        checkpoint: (family, model) -> the table as it holds for this one network, see `of`.
+        geometry: model -> what latents it takes.
+        pack: latents (B, C, h, w) -> as the loop of the stock pipelines holds them.
+        pipeline_arguments: (family, guidance scale, negative prompts) -> what the stock pipelines
+            are given for them, and for the choices in which diffkit differs from their defaults.
+        flow_spacing: the sampling times of the stock pipelines, see `Schedule.from_scheduler`.
+        train_guidance: the scale that a network with a guidance embedding is told in plain
+            denoising training; None where such a network is not to be trained so.
     """
 
     name: str
@@ -58,6 +110,21 @@ class Family:
     encode_null: Callable[[Any], Conditioning]
     tap_names: Callable[[nn.Module], tuple[str, ...]]
     prompt_limits: Mapping[str, int] = field(default_factory=dict)
+    checkpoint: Callable[[Family, Any], Family] = _same
+    geometry: Callable[[Any], Geometry] = _geometry
+    pack: Callable[[Tensor], Tensor] = _unpacked
+    pipeline_arguments: Callable[[Family, float, list[str]], dict[str, Any]] = _guidance_arguments
+    flow_spacing: FlowSpacing = "scheduler"
+    train_guidance: float | None = None
+
+    def of(self, model: nn.Module) -> Family:
+        """This table for one network: the capabilities and defaults that its config leaves it."""
+        return self.checkpoint(self, model)
+
+    @property
+    def takes_guidance(self) -> bool:
+        """True when the network is told the guidance scale (only after `of`)."""
+        return "guidance_embedding" in self.capabilities
 
     @property
     def micro_conditioning(self) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.families import Family
-from diffkit.models.families.unet import LORA_TARGETS, guidance_embedding, tap_names
+from diffkit.models.families.unet import LORA_TARGETS, checkpoint, guidance_embedding, tap_names
 
 
 def _call(
@@ -51,4 +51,5 @@ FAMILY = Family(
     encode_prompts=_encode,
     encode_null=_encode_null,
     tap_names=tap_names,
+    checkpoint=checkpoint,
 )

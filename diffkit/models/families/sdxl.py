@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.families import Family
-from diffkit.models.families.unet import LORA_TARGETS, guidance_embedding, tap_names
+from diffkit.models.families.unet import LORA_TARGETS, checkpoint, guidance_embedding, tap_names
 
 
 def _call(
@@ -61,4 +61,5 @@ FAMILY = Family(
     encode_prompts=_encode,
     encode_null=_encode_null,
     tap_names=tap_names,
+    checkpoint=checkpoint,
 )

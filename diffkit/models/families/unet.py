@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffkit.errors import UserError
+from diffkit.models.families import Family
 
-__all__ = ["LORA_TARGETS", "guidance_embedding", "tap_names"]
+__all__ = ["LORA_TARGETS", "checkpoint", "guidance_embedding", "tap_names"]
 
 # Attention projections, as in the diffusers and kohya trainers' defaults.
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+def checkpoint(family: Family, model: Any) -> Family:
+    """The guidance scale is an input of the network (LCM), or is made of two calls; never both."""
+    lacking = "guidance_embedding" if model.config.time_cond_proj_dim is None else "cfg"
+    return replace(family, capabilities=family.capabilities - {lacking})
 
 
 def guidance_embedding(model: Any, guidance: Tensor | None, dtype: torch.dtype) -> Tensor | None:
