@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffkit.errors import UserError
 from diffkit.models.decode import (
     Checkpoint,
+    Stage,
     chain_vjp,
     cuts,
     decoder_stages,
@@ -37,6 +38,8 @@ Crop = tuple[int, int, int, int]
 
 class Codec:
     """Encode, decode and differentiate through a diffusers `AutoencoderKL`.
+
+    `diffkit.models.codec_kinds` has the same for `VQModel` and for models of pixels.
 
     The VAE is used as it stands: it is not copied, moved, frozen or reconfigured, and slicing or
     tiling switched on by a pipeline is ignored here.
@@ -101,9 +104,7 @@ class Codec:
     def encode_moments(self, images: Tensor, checkpoint: Checkpoint = None) -> Tensor:
         """Mean and log variance of unscaled latents: (B, 3, H, W) -> (B, 2C, h, w), >= float32."""
         self._check_images(images)
-        return _at_least_float32(
-            run(encoder_stages(self._network()), self._cast(images), checkpoint)
-        )
+        return _at_least_float32(run(self._encoder(), self._cast(images), checkpoint))
 
     def mean(self, moments: Tensor) -> Tensor:
         """The most likely latents, (mean - shift) * scale: (B, 2C, h, w) -> (B, C, h, w)."""
@@ -147,7 +148,7 @@ class Codec:
         def head(moments: Tensor) -> Tensor:
             return self.mean(moments) if eps is None else self.sample(moments, eps)
 
-        pieces = [self._cast, *cuts(encoder_stages(self._network()), checkpoint), head]
+        pieces = [self._cast, *cuts(self._encoder(), checkpoint), head]
         return chain_vjp(pieces, _at_least_float32(images), _as_function(cotangent))[1]
 
     # -- decoding -----------------------------------------------------------------------------
@@ -185,7 +186,7 @@ class Codec:
             raise UserError("context is the margin of a crop; give crop=(top, left, height, width)")
         if tiled:
             return self._decode_tiled(latents, checkpoint, crop)
-        x, stages = self._unscaled(latents), decoder_stages(self._network())
+        x, stages = self._unscaled(latents), self._decoder()
         if crop is None:
             return _at_least_float32(run(stages, x, checkpoint))
         _check_crop(crop, latents)
@@ -215,7 +216,7 @@ class Codec:
             UserError: an unknown name.
         """
         self._check_latents(latents)
-        stages = decoder_stages(self._network())
+        stages = self._decoder()
         names = [stage.name for stage in stages]
         wanted = set(names if blocks is None else blocks)
         if unknown := sorted(wanted - set(names)):
@@ -248,11 +249,17 @@ class Codec:
                 costs no more time here, and holds less.
         """
         self._check_latents(latents)
-        stages = decoder_stages(self._network())
+        stages = self._decoder()
         pieces = [self._unscaled, *cuts(stages, checkpoint), _at_least_float32]
         return chain_vjp(pieces, _at_least_float32(latents), _as_function(cotangent))[1]
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _encoder(self) -> tuple[Stage, ...]:
+        return encoder_stages(self._network())
+
+    def _decoder(self) -> tuple[Stage, ...]:
+        return decoder_stages(self._network())
 
     def _network(self) -> Any:
         """The VAE that computes: itself, or its float32 copy where the config forces one."""
@@ -268,10 +275,12 @@ class Codec:
     def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(shift, scale), each broadcastable to (B, C, h, w)."""
         config = self.vae.config
-        scale, shift = torch.tensor(config.scaling_factor), torch.tensor(config.shift_factor or 0.0)
-        if config.latents_mean is not None and config.latents_std is not None:
-            scale = (scale / torch.tensor(config.latents_std)).view(1, -1, 1, 1)
-            shift = torch.tensor(config.latents_mean).view(1, -1, 1, 1)
+        scale = torch.tensor(config.scaling_factor)
+        shift = torch.tensor(config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            scale = (scale / torch.tensor(std)).view(1, -1, 1, 1)
+            shift = torch.tensor(mean).view(1, -1, 1, 1)
         return shift.to(like), scale.to(like)
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -286,13 +295,17 @@ class Codec:
     def _decode_tiled(self, latents: Tensor, checkpoint: Checkpoint, crop: Crop | None) -> Tensor:
         if checkpoint is not None or crop is not None:
             raise UserError("tiled=True goes with neither checkpoint nor crop; leave them out")
+        network = self._network()
+        if not hasattr(network, "tiled_decode"):
+            name = "pixels" if network is None else type(network).__name__
+            raise UserError(f"{name}: there is no tiled decoding for it; leave tiled=True out")
         if latents.requires_grad and torch.is_grad_enabled():
             raise UserError(
                 "decode(tiled=True) gives no gradients, but these latents require them; use "
                 "checkpoint='block', checkpoint='resnet' or crop=... to save memory"
             )
         with torch.no_grad():
-            image: Tensor = self._network().tiled_decode(self._unscaled(latents)).sample
+            image: Tensor = network.tiled_decode(self._unscaled(latents)).sample
         return _at_least_float32(image)
 
     def _check_size(self, height: int, width: int) -> None:
@@ -305,9 +318,8 @@ class Codec:
             )
 
     def _check_images(self, images: Tensor) -> None:
-        channels = self.vae.config.in_channels
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise UserError(f"images must be (B, {channels}, H, W), not {tuple(images.shape)}")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(f"images must be (B, 3, H, W), not {tuple(images.shape)}")
         self._check_size(*images.shape[-2:])
 
     def _check_latents(self, latents: Tensor) -> None:

@@ -46,9 +46,10 @@ class Denoiser(nn.Module):
         """Raw output (B, C, h, w) for z_t (B, C, h, w) at times t (B,) in the model's units.
 
         `guidance` (B,) are diffusers' `guidance_scale` values for a model with a guidance
-        embedding, which needs them; others refuse them.
+        embedding, which needs them; others refuse them. EDM's scaling of the input happens here.
         """
         dtype = self.dtype
+        z_t = self.schedule.scale_input(z_t, t)
         return self.family.call(self.model, z_t.to(dtype), t, cond.to(dtype=dtype), guidance)
 
     def predict(

@@ -1,4 +1,4 @@
-"""The noise schedule: z_t = alpha_t z_0 + sigma_t eps, for DDPM tables and for flow matching.
+"""The noise schedule: z_t = alpha_t z_0 + sigma_t eps, for DDPM tables, flow matching and EDM.
 
 Every parametrisation of a denoiser is one linear function of (x0, eps), so that a single 2x2
 system turns any of them into any other:
@@ -7,19 +7,27 @@ system turns any of them into any other:
     sample      (1, 0)               x0
     v           (-sigma_t, alpha_t)  alpha_t eps - sigma_t x0     (Salimans & Ho 2022)
     velocity    (-1, 1)              eps - x0                     (flow matching)
+    edm         (sigma_t / (s r), -s alpha_t / r)                 (Karras et al. 2022)
+    edm_v       the same with the other sign
+
+where s = sigma_data, the standard deviation of the data, and r^2 = sigma_t^2 + s^2 alpha_t^2. "edm"
+is the inner network F of D(z; sigma) = c_skip z + c_out F(c_in z; ln(sigma) / 4): it follows from
+D = x0, z = x0 + sigma eps, c_skip = s^2 / r^2 and c_out = sigma s / r, and it says the same of any
+z / alpha. With s = 1 and alpha^2 + sigma^2 = 1, "edm_v" is v.
 
 Given z_t = alpha_t x0 + sigma_t eps and y = a x0 + b eps, with det = alpha_t b - sigma_t a,
 
     x0 = (b z_t - sigma_t y) / det,    eps = (alpha_t y - a z_t) / det.
 
-det vanishes only where y says nothing about one of the two: eps-prediction at alpha_t = 0 (x0 is
-unknown) and x0-prediction at sigma_t = 0 (eps is unknown). The unknown one is then its prior mean,
-zero; nothing is ever inf.
+For EDM's two, det = -+ r / s. det vanishes only where y says nothing about one of the two:
+eps-prediction at alpha_t = 0 (x0 is unknown) and x0-prediction at sigma_t = 0 (eps is unknown). The
+unknown one is then its prior mean, zero; nothing is ever inf.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,21 +38,37 @@ from diffkit.errors import UserError
 
 __all__ = ["Density", "FlowSpacing", "Parametrization", "Prediction", "Schedule", "convert"]
 
-Parametrization = Literal["epsilon", "sample", "v_prediction", "velocity"]
-Density = Literal["uniform", "logit_normal"]
+Parametrization = Literal["epsilon", "sample", "v_prediction", "velocity", "edm", "edm_v"]
+Density = Literal["uniform", "logit_normal", "log_normal"]
 FlowSpacing = Literal["scheduler", "fractions"]
+Kind = Literal["ddpm", "flow", "edm"]
 
 _FLOW_NAMES = {"flow_prediction": "velocity"}  # diffusers' name for it in some schedulers
+# What EDM schedulers call the two signs of F.
+_EDM_NAMES: dict[str, Parametrization] = {"epsilon": "edm", "v_prediction": "edm_v"}
+_DENSITIES: dict[str, tuple[Density, ...]] = {
+    "ddpm": ("uniform",),
+    "flow": ("uniform", "logit_normal"),
+    "edm": ("log_normal",),
+}
+# (mean, standard deviation) of the normal variable; Karras et al. 2022, table 1.
+_NORMALS = {"logit_normal": (0.0, 1.0), "log_normal": (-1.2, 1.2)}
 
 
-def _coefficients(kind: Parametrization, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _coefficients(
+    kind: Parametrization, alpha: Tensor, sigma: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor]:
     """(a, b) with output = a x0 + b eps."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    r = torch.hypot(sigma, sigma_data * alpha)
+    edm = (sigma / (sigma_data * r), -sigma_data * alpha / r)
     table = {
         "epsilon": (zero, one),
         "sample": (one, zero),
         "v_prediction": (-sigma, alpha),
         "velocity": (-one, one),
+        "edm": edm,
+        "edm_v": (-edm[0], -edm[1]),
     }
     if kind not in table:
         raise UserError(f"prediction type {kind!r} is unknown; known are {', '.join(table)}.")
@@ -73,6 +97,7 @@ class Prediction:
         z_t: the noisy latents (B, ...), at least float32 like all the others.
         alpha_t, sigma_t: (B, 1, ...) coefficients of z_t = alpha_t x0 + sigma_t eps.
         x0, eps: (B, ...) the predicted data and noise.
+        sigma_data: standard deviation of the data, of which only EDM's parametrisations speak.
     """
 
     z_t: Tensor
@@ -80,6 +105,7 @@ class Prediction:
     sigma_t: Tensor
     x0: Tensor
     eps: Tensor
+    sigma_data: float = 0.5
 
     @property
     def v(self) -> Tensor:
@@ -93,12 +119,18 @@ class Prediction:
 
     def as_output(self, kind: Parametrization) -> Tensor:
         """The network output that would say the same in parametrisation `kind`."""
-        a, b = _coefficients(kind, self.alpha_t, self.sigma_t)
+        a, b = _coefficients(kind, self.alpha_t, self.sigma_t, self.sigma_data)
         return a * self.x0 + b * self.eps
 
     @classmethod
     def from_output(
-        cls, kind: Parametrization, output: Tensor, z_t: Tensor, alpha_t: Tensor, sigma_t: Tensor
+        cls,
+        kind: Parametrization,
+        output: Tensor,
+        z_t: Tensor,
+        alpha_t: Tensor,
+        sigma_t: Tensor,
+        sigma_data: float = 0.5,
     ) -> Prediction:
         """Solve the 2x2 system of the module's head for (x0, eps).
 
@@ -106,12 +138,13 @@ class Prediction:
             kind: the parametrisation of `output`.
             output, z_t: (B, ...) of any floating dtype; computed in at least float32.
             alpha_t, sigma_t: (B,) or ().
+            sigma_data: standard deviation of the data, for EDM's parametrisations.
         """
         output, z_t = _wide(output, z_t)
         dtype = torch.promote_types(output.dtype, z_t.dtype)
         output, z_t = output.to(dtype), z_t.to(dtype)
         alpha, sigma = _match(alpha_t, z_t), _match(sigma_t, z_t)
-        a, b = _coefficients(kind, alpha, sigma)
+        a, b = _coefficients(kind, alpha, sigma, sigma_data)
         det = alpha * b - sigma * a
         known = det != 0
         inverse = torch.where(known, 1 / torch.where(known, det, torch.ones_like(det)), 0)
@@ -122,7 +155,7 @@ class Prediction:
             eps = output
         elif kind == "sample":
             x0 = output
-        return cls(z_t, alpha, sigma, x0, eps)
+        return cls(z_t, alpha, sigma, x0, eps, sigma_data)
 
 
 def convert(
@@ -132,13 +165,14 @@ def convert(
     z_t: Tensor,
     alpha_t: Tensor,
     sigma_t: Tensor,
+    sigma_data: float = 0.5,
 ) -> Tensor:
     """A network output in parametrisation `source`, said in parametrisation `target`.
 
     Exact up to rounding for every ordered pair where `source` determines both x0 and eps; at the
     singular ends the undetermined one is taken as zero (see the head of this module).
     """
-    prediction = Prediction.from_output(source, output, z_t, alpha_t, sigma_t)
+    prediction = Prediction.from_output(source, output, z_t, alpha_t, sigma_t, sigma_data)
     return prediction.as_output(target)
 
 
@@ -147,17 +181,20 @@ class Schedule:
 
     Times are in the model's own units: integers 0..T-1 for DDPM tables (Ho et al. 2020), with -1
     for the end of sampling, and real numbers in [0, T] for flow matching (Lipman et al. 2023),
-    where sigma_t = t / T and alpha_t = 1 - sigma_t.
+    where sigma_t = t / T and alpha_t = 1 - sigma_t. For EDM (Karras et al. 2022) alpha_t = 1 and
+    t = ln(sigma_t) / 4, with -inf for the clean end.
 
     Attributes:
-        kind: "ddpm" or "flow".
+        kind: "ddpm", "flow" or "edm".
         prediction_type: what the network puts out.
         num_train_timesteps: T.
+        sigma_data: standard deviation of the data; of meaning for EDM only.
+        clip: x0 is limited to [-clip, clip] in sampling, as pixel models' schedulers do; or None.
     """
 
     def __init__(
         self,
-        kind: Literal["ddpm", "flow"],
+        kind: Kind,
         prediction_type: Parametrization,
         num_train_timesteps: int,
         scheduler: Any,
@@ -165,8 +202,11 @@ class Schedule:
         spacing: FlowSpacing = "scheduler",
     ) -> None:
         """Use `from_scheduler`; `alphas_cumprod` (T+1,) ends with the value at t = -1."""
-        _coefficients(prediction_type, torch.ones(()), torch.ones(()))  # refuses unknown names
-        self.kind = kind
+        one = torch.ones(())
+        _coefficients(prediction_type, one, one, 0.5)  # refuses unknown names
+        self.kind: Kind = kind
+        self.sigma_data = float(scheduler.config.sigma_data) if kind == "edm" else 0.5
+        self.clip: float | None = None
         self.prediction_type: Parametrization = prediction_type
         self.num_train_timesteps = num_train_timesteps
         self._scheduler = scheduler
@@ -178,7 +218,7 @@ class Schedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, spacing: FlowSpacing = "scheduler") -> Schedule:
-        """Read the schedule out of any diffusers scheduler of the DDPM or flow-matching kind.
+        """Read the schedule out of any diffusers scheduler of the DDPM, flow or EDM kind.
 
         Args:
             scheduler: any of them; it is not changed.
@@ -192,24 +232,57 @@ class Schedule:
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
         config = scheduler.config
+        if hasattr(scheduler, "precondition_outputs"):
+            return cls._from_edm(scheduler)
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             own = copy.deepcopy(scheduler)
             return cls("flow", "velocity", config.num_train_timesteps, own, spacing=spacing)
         if not hasattr(scheduler, "alphas_cumprod"):
             raise UserError(
-                f"{type(scheduler).__name__} is neither a DDPM-type nor a flow-matching scheduler; "
-                "diffkit reads those with alphas_cumprod and FlowMatchEulerDiscreteScheduler."
+                f"{type(scheduler).__name__} is no DDPM-type, flow-matching or EDM scheduler; "
+                "diffkit reads those with alphas_cumprod, FlowMatchEulerDiscreteScheduler, "
+                "EDMEulerScheduler and EDMDPMSolverMultistepScheduler."
             )
         # DDIM's own table: other schedulers of the same config nudge the last entry off zero.
         ddim = DDIMScheduler.from_config(config)
         table = torch.cat([ddim.alphas_cumprod, ddim.final_alpha_cumprod.reshape(1)])
         kind = _FLOW_NAMES.get(config.prediction_type, config.prediction_type)
-        return cls("ddpm", kind, config.num_train_timesteps, ddim, table)
+        schedule = cls("ddpm", kind, config.num_train_timesteps, ddim, table)
+        # DDIM and DDPM clip unless told; a config of another class without the word does not.
+        if config.get("clip_sample"):
+            schedule.clip = float(config.clip_sample_range)
+        return schedule
+
+    @classmethod
+    def _from_edm(cls, scheduler: Any) -> Schedule:
+        config = scheduler.config
+        if config.prediction_type not in _EDM_NAMES:
+            raise UserError(
+                f"{type(scheduler).__name__}: has no {config.prediction_type!r} prediction, only "
+                f"{' and '.join(_EDM_NAMES)}."
+            )
+        kind = _EDM_NAMES[config.prediction_type]
+        return cls("edm", kind, config.num_train_timesteps, copy.deepcopy(scheduler))
 
     @property
     def zero_terminal_snr(self) -> bool:
         """True when the last training time is pure noise (alpha = 0; Lin et al. 2023)."""
+        if self.kind == "edm":
+            return False
         return self.kind == "flow" or bool(self._base[0][self.num_train_timesteps - 1] < 1e-4)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of z at the first sampling time: 1 but for EDM.
+
+        EDM: sqrt(sigma_max^2 + 1), sigma_max and data of unit variance, as in diffusers.
+        """
+        return float(self._scheduler.init_noise_sigma) if self.kind == "edm" else 1.0
+
+    @property
+    def density(self) -> Density:
+        """The usual density of training times: "log_normal" for EDM, "uniform" for the others."""
+        return "log_normal" if self.kind == "edm" else "uniform"
 
     @property
     def shifts_by_resolution(self) -> bool:
@@ -234,12 +307,37 @@ class Schedule:
         if self.kind == "flow":
             sigma = t.to(dtype) / self.num_train_timesteps
             return 1 - sigma, sigma
+        if self.kind == "edm":
+            sigma = torch.exp(4 * t.to(dtype))
+            return torch.ones_like(sigma), sigma
         key = (t.device, dtype)
         if key not in self._tables:
             alphas, sigmas = self._base
             self._tables[key] = alphas.to(t.device, dtype), sigmas.to(t.device, dtype)
         alphas, sigmas = self._tables[key]
         return alphas[t.long()], sigmas[t.long()]
+
+    def scale_input(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """What the network is given for z_t at times t (B,): c_in z_t for EDM, z_t for the others.
+
+        c_in = 1 / sqrt(sigma_t^2 + sigma_data^2), computed in at least float32.
+        """
+        if self.kind != "edm":
+            return z_t
+        (z_t,) = _wide(z_t)
+        _, sigma = self.alpha_sigma(t, z_t.dtype)
+        return z_t / _match(torch.hypot(sigma, torch.full_like(sigma, self.sigma_data)), z_t)
+
+    def place(self, t: Tensor) -> Tensor:
+        """Where t lies on the noise schedule, of t's shape, float32 in [0, 1], 1 being noise.
+
+        t / T; for EDM ln(sigma) between those of the scheduler's sigma_min and sigma_max.
+        """
+        if self.kind != "edm":
+            return t.float() / self.num_train_timesteps
+        config = self._scheduler.config
+        low, high = math.log(config.sigma_min), math.log(config.sigma_max)
+        return ((4 * t.float() - low) / (high - low)).clamp(0, 1)
 
     def snr(self, t: Tensor) -> Tensor:
         """alpha_t^2 / sigma_t^2, of t's shape, float32; t must not be the clean end."""
@@ -256,42 +354,62 @@ class Schedule:
         """What the network should put out for z_t, in at least float32; t is (B,)."""
         z0, eps = _wide(z0, eps)
         alpha, sigma = self.alpha_sigma(t, z0.dtype)
-        a, b = _coefficients(self.prediction_type, _match(alpha, z0), _match(sigma, z0))
+        alpha, sigma = _match(alpha, z0), _match(sigma, z0)
+        a, b = _coefficients(self.prediction_type, alpha, sigma, self.sigma_data)
         return a * z0 + b * eps
 
     def prediction(self, output: Tensor, z_t: Tensor, t: Tensor) -> Prediction:
         """Read a network output (B, ...) at z_t and times t (B,) or ()."""
         output, z_t = _wide(output, z_t)
         alpha, sigma = self.alpha_sigma(t, z_t.dtype)
-        return Prediction.from_output(self.prediction_type, output, z_t, alpha, sigma)
+        kind, sigma_data = self.prediction_type, self.sigma_data
+        return Prediction.from_output(kind, output, z_t, alpha, sigma, sigma_data)
 
     def train_timesteps(
-        self, u: Tensor, density: Density = "uniform", mean: float = 0.0, std: float = 1.0
+        self,
+        u: Tensor,
+        density: Density | None = None,
+        mean: float | None = None,
+        std: float | None = None,
     ) -> Tensor:
         """Training times (B,) from uniform draws u (B,) in [0, 1), by inverting the density.
 
         DDPM: floor(u T), int64. Flow: t = T shift(s), where s = 1 - u, or for "logit_normal"
         s = sigmoid(mean + std Phi^-1(u)) (Esser et al. 2024, equation 19), and
         shift(s) = k s / (1 + (k - 1) s) with the scheduler's own k; float32 in (0, T]. A scheduler
-        that shifts by resolution leaves its training times unshifted, k = 1.
+        that shifts by resolution leaves its training times unshifted, k = 1. EDM: "log_normal",
+        ln sigma = mean + std Phi^-1(u) (Karras et al. 2022, table 1), t = ln(sigma) / 4.
+
+        Args:
+            u: uniform draws.
+            density: `self.density` by default; `UserError` for one that this kind does not have.
+            mean, std: of the normal variable; (0, 1) by default, for "log_normal" (-1.2, 1.2).
         """
-        if self.kind == "ddpm":
-            if density != "uniform":
-                raise UserError(f"timestep density {density!r} is for flow models; use 'uniform'.")
-            return (u * self.num_train_timesteps).long().clamp_max(self.num_train_timesteps - 1)
-        if density == "logit_normal":
-            normal = torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
-            s = torch.sigmoid(mean + std * normal)
-        else:
-            s = 1 - u
+        density = density or self.density
+        if density not in _DENSITIES[self.kind]:
+            raise UserError(
+                f"timestep density {density!r} is not for {self.kind} models; use "
+                f"{' or '.join(map(repr, _DENSITIES[self.kind]))}."
+            )
+        if density == "uniform":
+            if self.kind == "ddpm":
+                return (u * self.num_train_timesteps).long().clamp_max(self.num_train_timesteps - 1)
+            return self._flow_times(1 - u)
+        usual = _NORMALS[density]
+        mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
+        normal = mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+        return normal / 4 if self.kind == "edm" else self._flow_times(torch.sigmoid(normal))
+
+    def _flow_times(self, s: Tensor) -> Tensor:
         shift = 1.0 if self.shifts_by_resolution else float(self._scheduler.shift)
         return self.num_train_timesteps * (shift * s / (1 + (shift - 1) * s))
 
     def sampling_timesteps(self, steps: int, mu: float | None = None) -> Tensor:
         """The times of an n-step sampler, (steps + 1,), from noise to the clean end.
 
-        The first `steps` are those of the stock DDIM or flow-matching scheduler; the last is -1
-        (DDPM) or 0 (flow). `mu` is the resolution shift of schedulers with dynamic shifting.
+        The first `steps` are those of the stock DDIM, flow-matching or EDM scheduler; the last is
+        -1 (DDPM), 0 (flow) or -inf (EDM; but its scheduler may end at sigma_min). `mu` is the
+        resolution shift of schedulers with dynamic shifting.
         """
         scheduler = copy.deepcopy(self._scheduler)
         if self.kind == "flow":
@@ -302,6 +420,9 @@ class Schedule:
                 extra["sigmas"] = [(steps - i) / steps for i in range(steps)]
             scheduler.set_timesteps(steps, **extra)
             return torch.cat([scheduler.sigmas[:-1] * self.num_train_timesteps, torch.zeros(1)])
+        if self.kind == "edm":
+            scheduler.set_timesteps(steps)
+            return torch.log(scheduler.sigmas) / 4
         if not 1 <= steps <= self.num_train_timesteps:
             raise UserError(f"{steps} steps; this model has 1 to {self.num_train_timesteps}.")
         scheduler.set_timesteps(steps)
@@ -310,8 +431,11 @@ class Schedule:
     def step(self, prediction: Prediction, s: Tensor) -> Tensor:
         """z_s = alpha_s x0 + sigma_s eps: DDIM with eta = 0 (Song et al. 2021, equation 12).
 
-        On a flow schedule this is the Euler step z_t + (sigma_s - sigma_t) velocity.
+        On a flow schedule this is the Euler step z_t + (sigma_s - sigma_t) velocity, on EDM's the
+        one along eps. x0 is limited to `clip` where the model's scheduler does that.
         """
         alpha, sigma = self.alpha_sigma(s, prediction.z_t.dtype)
-        z_t = prediction.z_t
-        return _match(alpha, z_t) * prediction.x0 + _match(sigma, z_t) * prediction.eps
+        z_t, x0 = prediction.z_t, prediction.x0
+        if self.clip is not None:
+            x0 = x0.clamp(-self.clip, self.clip)
+        return _match(alpha, z_t) * x0 + _match(sigma, z_t) * prediction.eps

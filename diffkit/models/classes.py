@@ -1,0 +1,125 @@
+"""The classes of a model that is conditioned on labels, by number and by name.
+
+A model folder says which classes its network has:
+
+- `id2label`, {"207": "golden retriever", ...}, in `model_index.json` (stock `DiTPipeline`) or in
+  `diffkit.json`; several names of one class are separated by commas. Without it classes have
+  numbers only.
+- `null_class`, in `diffkit.json`: the number of the embedding row that stands for no class, the
+  last row. A U-Net with `num_class_embeds` = K + 1 and this key has K classes and a null class,
+  which classifier-free guidance needs; without the key all rows are classes and there is no
+  guidance. A DiT always has K = `num_embeds_ada_norm` classes and the null class K.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diffkit.errors import UserError
+from diffkit.files import read_json
+
+__all__ = ["CARD_NAME", "CLASS_KEYS", "Classes", "parse_names", "read_stored"]
+
+CARD_NAME = "diffkit.json"
+CLASS_KEYS = ("id2label", "null_class")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Which labels a network knows.
+
+    Attributes:
+        count: K, the classes are 0 ... K-1; 0 for an unconditional model.
+        null: number of the null class, None where there is none.
+        names: names by number, as stored; a part of the numbers may be missing.
+    """
+
+    count: int
+    null: int | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    def name(self, number: int) -> str:
+        """The name of a class; its number where it has none."""
+        return self.names.get(number, str(number))
+
+    def number(self, text: str) -> int:
+        """The class that a person means: a name, one of several names, or a number.
+
+        Case does not count. "" is the null class. Raises `UserError` naming the nearest names.
+        """
+        wanted = text.strip().lower()
+        if self.count == 0:
+            if wanted:
+                raise UserError(
+                    f'{text!r}: this model is unconditional and takes no prompt but "".'
+                )
+            return 0
+        if not wanted and self.null is not None:
+            return self.null
+        known = self._known()
+        if wanted in known:
+            return known[wanted]
+        if wanted.isdecimal() and int(wanted) < self.count:
+            return int(wanted)
+        raise UserError(f"{text!r}: no such class. {self._nearest(wanted, known)}")
+
+    def _known(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for number, name in sorted(self.names.items()):
+            for part in (name, *name.split(",")):
+                found.setdefault(part.strip().lower(), number)
+        return found
+
+    def _nearest(self, wanted: str, known: Mapping[str, int]) -> str:
+        numbers = f"Classes have numbers from 0 to {self.count - 1}"
+        if not known:
+            return f"{numbers}; this model stores no names."
+        close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+        some = close or list(known)[:3]
+        return f"{'Nearest' if close else 'There are'}: {', '.join(some)}. {numbers}."
+
+    def numbers(self, prompts: Sequence[str]) -> list[int]:
+        """`number` of every prompt."""
+        return [self.number(prompt) for prompt in prompts]
+
+    def named(self, names: Sequence[str]) -> Classes:
+        """These classes with names, the first ones in the order of their numbers."""
+        return replace(self, names=dict(enumerate(names)))
+
+    def stored(self) -> dict[str, Any]:
+        """What `diffkit.json` keeps of them; empty when there is nothing to keep."""
+        kept: dict[str, Any] = {}
+        if self.names:
+            kept["id2label"] = {str(number): name for number, name in sorted(self.names.items())}
+        if self.null is not None:
+            kept["null_class"] = self.null
+        return kept
+
+
+def parse_names(values: Mapping[Any, Any] | None, count: int) -> dict[int, str]:
+    """`id2label` of a file -> names by number; raises `UserError` for a number out of range."""
+    names: dict[int, str] = {}
+    for key, value in (values or {}).items():
+        if not str(key).isdecimal() or int(key) >= count or not isinstance(value, str):
+            raise UserError(
+                f"id2label: {key!r}: {value!r} is not a number from 0 to {count - 1} and a name."
+            )
+        names[int(key)] = value
+    return names
+
+
+def read_stored(folder: Path) -> dict[str, Any]:
+    """`id2label` and `null_class` of a model folder; empty where neither file has them.
+
+    `diffkit.json` wins over `model_index.json`. Raises `UserError` for a file that is not JSON.
+    """
+    found: dict[str, Any] = {}
+    for name in ("model_index.json", CARD_NAME):
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            found |= {key: values[key] for key in CLASS_KEYS if values.get(key) is not None}
+    return found
