@@ -81,7 +81,10 @@ def main(config: InfoConfig) -> int:
     report = describe(model, card, size, cost)
     steps = config.steps or card.steps
     rates = measure_rates(device, dtype)
-    report["estimate"] = _estimate(config.batch_size, steps, cost, rates, dtype.itemsize)
+    # The scale that is an input of the network costs no second call.
+    scale = report["defaults"]["guidance_scale"]
+    guided = scale > 1 and not model.family.takes_guidance
+    report["estimate"] = _estimate(config.batch_size, steps, cost, rates, dtype.itemsize, guided)
     report["estimate"] |= {"dtype": config.dtype, "device": device}
     print(json.dumps(report) if config.json else _text(report))
     return 0
@@ -132,14 +135,15 @@ def _macs(cost: Cost) -> dict[str, int]:
 
 
 def _estimate(
-    batch_size: int, steps: int, cost: ModelCost, rates: Rates, bytes_each: int
+    batch_size: int, steps: int, cost: ModelCost, rates: Rates, bytes_each: int, guided: bool
 ) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "steps": steps,
-        "picture_macs": cost.macs(steps),
-        "memory_bytes": cost.memory(batch_size, bytes_each=bytes_each),
-        "picture_seconds": cost.seconds(steps, rates),
+        "calls_a_step": 2 if guided else 1,
+        "picture_macs": cost.macs(steps, guided),
+        "memory_bytes": cost.memory(batch_size, guided, bytes_each),
+        "picture_seconds": cost.seconds(steps, rates, guided),
         "matmul_macs_per_second": rates.matmul,
         "conv_macs_per_second": rates.conv,
     }
@@ -176,8 +180,8 @@ def _text(report: dict[str, Any]) -> str:
             f"multiply-accumulates at {report['size']} (latents of "
             f"{report['latent']['channels']} channels, 1/{report['latent']['factor']} of the size)",
             *macs,
-            f"  {'a guided picture':<24}{_si(estimate['picture_macs'], 'MAC')} "
-            f"in {estimate['steps']} steps",
+            f"  {'a picture':<24}{_si(estimate['picture_macs'], 'MAC')} in {estimate['steps']} "
+            f"steps of {_calls(estimate['calls_a_step'])}",
             "",
             *_estimate_lines(estimate),
         ]
@@ -195,6 +199,10 @@ def _estimate_lines(estimate: dict[str, Any]) -> list[str]:
         f"products ({matmul}) and",
         f"          convolutions ({conv}) measured just now; memory traffic comes on top",
     ]
+
+
+def _calls(count: int) -> str:
+    return "one call" if count == 1 else "two calls, for guidance"
 
 
 def _mac_line(value: dict[str, int]) -> str:

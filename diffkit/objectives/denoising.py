@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +104,8 @@ class DenoisingConfig:
     """Mean of the logit-normal density."""
     logit_std: float = 1.0
     """Standard deviation of the logit-normal density."""
+    guidance: float | None = None
+    """Scale told to a model with a guidance embedding (Flux-dev); its usual 3.5 without this."""
 
     def check(self) -> None:
         """Raise `UserError` for impossible values."""
@@ -120,6 +121,8 @@ class DenoisingConfig:
             raise UserError(
                 "denoising.logit_mean, logit_std: need --denoising.density logit_normal."
             )
+        if self.guidance is not None and self.guidance < 0:
+            raise UserError(f"denoising.guidance: {self.guidance} must not be negative.")
         if not self.logit_std > 0:
             raise UserError(f"denoising.logit_std: {self.logit_std} must be above 0.")
 
@@ -154,16 +157,22 @@ class Shared:
 class DenoisingPlayer(nn.Module):
     """The denoiser with its loss: forward(phase, draws, shared) -> {"loss", "time"}, each (B,)."""
 
-    def __init__(self, denoiser: Denoiser, min_snr: float | None) -> None:
+    def __init__(
+        self, denoiser: Denoiser, min_snr: float | None, guidance: float | None = None
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.min_snr = min_snr
+        self.guidance = guidance
 
     def forward(self, phase: str, draws: Draws, shared: Shared) -> dict[str, Tensor]:
         """The weighted denoising loss of each sample, and its place on the noise schedule."""
         schedule = self.denoiser.schedule
         z_t = schedule.add_noise(shared.z0, draws.eps, draws.t)
-        output = self.denoiser(z_t, draws.t, shared.cond)
+        told = None
+        if self.guidance is not None:
+            told = torch.full((len(z_t),), self.guidance, device=z_t.device)
+        output = self.denoiser(z_t, draws.t, shared.cond, told)
         target = schedule.target(shared.z0, draws.eps, draws.t)
         weight = None
         if self.min_snr is not None:
@@ -183,20 +192,36 @@ def _without_float16(device: str) -> Iterator[None]:
 
 def _check_inputs(model: LatentDiffusion) -> None:
     """Raise `UserError` for a denoiser that needs more than z_t, t and a caption."""
-    config: Any = model.denoiser.model.config
-    channels = model.codec.channels
-    if config.in_channels != channels:
+    channels, taken = model.codec.channels, model.denoiser.geometry.channels
+    if taken != channels:
         raise UserError(
-            f"model: its denoiser takes {config.in_channels} channels and the latents have "
+            f"model: its denoiser takes {taken} channels and the latents have "
             f"{channels}: an inpainting or editing model, which denoising training gives no mask. "
             "Give the text-to-image model that it was made from."
         )
-    if config.get("time_cond_proj_dim") is not None:
+
+
+def _told_guidance(model: LatentDiffusion, guidance: float | None) -> float | None:
+    """The guidance scale that the network is told in training; None for one without that input.
+
+    A guidance-distilled Flux is trained at one scale, as by diffusers' scripts. A U-Net with the
+    same input was distilled to few steps by the same stroke, which this loss would undo.
+    """
+    family = model.family
+    if not family.takes_guidance:
+        if guidance is not None:
+            raise UserError(
+                f"denoising.guidance: this {family.name} model has no guidance embedding that it "
+                "could be told to; leave it out."
+            )
+        return None
+    if family.train_guidance is None:
         raise UserError(
             "model: its U-Net has a guidance embedding (time_cond_proj_dim), so it was distilled, "
             "and denoising training has no guidance scales for it. Give the model that it was "
             "distilled from."
         )
+    return family.train_guidance if guidance is None else guidance
 
 
 class DenoisingObjective:
@@ -222,7 +247,8 @@ class DenoisingObjective:
         if config.min_snr is not None:
             min_snr_weight(torch.ones(1), config.min_snr, schedule.prediction_type)
         schedule.train_timesteps(torch.zeros(1), config.density)
-        self._player = DenoisingPlayer(model.denoiser, config.min_snr)
+        guidance = _told_guidance(model, config.guidance)
+        self._player = DenoisingPlayer(model.denoiser, config.min_snr, guidance)
         self._device = torch.device("cpu")
         self._null: Conditioning | None = None
 
