@@ -15,14 +15,18 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Name of a tiny model, see `tests.tiny.BUILDERS`, -> its diffusers folder, built once."""
-    from tests.tiny import BUILDERS
+    """Name of a tiny model -> its diffusers folder, built once.
 
+    Names: `tests.tiny.BUILDERS`, and `tests.tiny_labels.BUILDERS` for models without text and EDM.
+    """
+    from tests import tiny, tiny_labels
+
+    builders = tiny.BUILDERS | tiny_labels.BUILDERS
     root = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
         if not (root / name).exists():
-            BUILDERS[name](root / name)
+            builders[name](root / name)
         return root / name
 
     return folder

@@ -112,14 +112,28 @@ def parse_names(values: Mapping[Any, Any] | None, count: int) -> dict[int, str]:
     return names
 
 
-def read_stored(folder: Path) -> dict[str, Any]:
-    """`id2label` and `null_class` of a model folder; empty where neither file has them.
+def read_stored(source: str, revision: str | None = None) -> dict[str, Any]:
+    """`id2label` and `null_class` of a model folder or hub id; empty where no file has them.
 
     `diffkit.json` wins over `model_index.json`. Raises `UserError` for a file that is not JSON.
     """
     found: dict[str, Any] = {}
+    if not source:
+        return found
+    folder = Path(source).expanduser()
     for name in ("model_index.json", CARD_NAME):
-        if (folder / name).is_file():
-            values = read_json(folder / name)
+        path = folder / name if folder.exists() else _from_hub(source, name, revision)
+        if path is not None and path.is_file():
+            values = read_json(path)
             found |= {key: values[key] for key in CLASS_KEYS if values.get(key) is not None}
     return found
+
+
+def _from_hub(source: str, name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except EntryNotFoundError:  # also offline, where the cache has no such file
+        return None

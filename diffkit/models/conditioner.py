@@ -1,4 +1,4 @@
-"""What a denoiser is told: prompts turned into tensors that can be cached, mixed and dropped."""
+"""What a denoiser is told: prompts or labels as tensors that can be cached, mixed and dropped."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from diffkit.models.fingerprint import describe_config, fingerprint_module
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from diffkit.models.classes import Classes
     from diffkit.models.families import Family
 
 __all__ = ["Conditioner", "Conditioning", "Sizes"]
@@ -39,7 +40,8 @@ class Conditioning:
         pooled: (B, P) pooled text embedding, or None (SDXL, SD3).
         time_ids: (B, 6) original size, crop and target size in pixels, or None (SDXL).
         mask: (B, L) attention mask of `tokens`, or None.
-        labels: (B,) class labels, int64, or None.
+        labels: (B,) class labels, int64, or None (DiT, U-Nets without text); zeros for an
+            unconditional network, which is not told them.
     """
 
     tokens: Tensor | None = None
@@ -113,12 +115,16 @@ class Conditioner:
     """Prompts -> `Conditioning`, through the text encoders of a stock diffusers pipeline.
 
     Only the family's text components of `pipeline` are used; the others may be None. `free` drops
-    the encoders from memory once everything is cached.
+    the encoders from memory once everything is cached. For a model without text `classes` says
+    which labels there are, and a prompt is the name or the number of a class.
     """
 
-    def __init__(self, family: Family, pipeline: DiffusionPipeline) -> None:
+    def __init__(
+        self, family: Family, pipeline: DiffusionPipeline, classes: Classes | None = None
+    ) -> None:
         self.family = family
         self.pipeline = pipeline
+        self.classes = classes
 
     @property
     def components(self) -> dict[str, Any]:
@@ -142,19 +148,58 @@ class Conditioner:
                 with micro-conditioning, unused by the others.
 
         Raises:
-            UserError: the encoders were freed, or `sizes` is missing where it is needed.
+            UserError: the encoders were freed, `sizes` is missing where it is needed, or there is
+                no such class.
         """
+        if self.classes is not None:
+            return self.encode_labels(torch.tensor(self.classes.numbers(prompts)), len(prompts))
         self._need_encoders()
+        assert self.family.encode_prompts is not None
         cond = self.family.encode_prompts(self.pipeline, list(prompts))
         return self.with_sizes(cond, sizes)
+
+    def encode_labels(self, labels: Tensor | None, n: int) -> Conditioning:
+        """Conditioning of n class numbers (n,), on the denoiser's device.
+
+        An unconditional model reads none. Raises `UserError` for a model conditioned on text, and
+        for missing labels.
+        """
+        if self.classes is None:
+            self.family.require("labels")
+        elif self.classes.count == 0:
+            labels = torch.zeros(n, dtype=torch.int64)
+        elif labels is None:
+            raise UserError(f"{self.family.name} models need a class label for every picture.")
+        assert labels is not None
+        network: Any = getattr(self.pipeline, self.family.denoiser)
+        return Conditioning(labels=labels.to(network.device))
 
     @torch.no_grad()
     def null(
         self, n: int = 1, sizes: Sequence[Sizes] | tuple[int, int] | None = None
     ) -> Conditioning:
-        """The unconditional input, as the stock pipeline makes it without a negative prompt."""
+        """The unconditional input, as the stock pipeline makes it without a negative prompt.
+
+        Of a class-conditional model it is the null class; `UserError` where there is none.
+        """
+        if self.classes is not None:
+            if self.classes.null is None:
+                raise UserError(
+                    f"{self.family.name}: this model has no null class to be guided away from, so "
+                    "its guidance scale is 1. A null class is an embedding row of its own, named "
+                    "by null_class in diffkit.json."
+                )
+            return self.encode_labels(torch.full((n,), self.classes.null), n)
         self._need_encoders()
+        assert self.family.encode_null is not None
         return self.with_sizes(self.family.encode_null(self.pipeline).expand(n), sizes)
+
+    @property
+    def example(self) -> str:
+        """A prompt that the model understands, for counting and trying out."""
+        if self.classes is None:
+            return "a"
+        return "0" if self.classes.count else ""
 
     def _need_encoders(self) -> None:
         if not self.encoders:
@@ -180,7 +225,15 @@ class Conditioner:
             setattr(self.pipeline, name, None)
 
     def fingerprint(self) -> str:
-        """Hexadecimal key of the encoders' weights and configs and of the tokenizers."""
+        """Hexadecimal key of the encoders' weights and configs and of the tokenizers.
+
+        Raises `UserError` where there are none: freed, or a model without text.
+        """
+        if self.classes is not None:
+            raise UserError(
+                f"{self.family.name} models have no text encoder, so there are no embeddings to "
+                "cache; leave cache_embeddings out."
+            )
         self._need_encoders()
         digest = hashlib.blake2b(digest_size=16)
         for name, part in sorted(self.components.items()):

@@ -28,6 +28,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.model = model
         self.family = family.of(model)
+        self.family.prepare(model)
         self.schedule = schedule
 
     @property

@@ -1,7 +1,8 @@
-"""A latent diffusion model: codec, conditioner, denoiser, schedule, loaded and saved together."""
+"""A diffusion model: codec, conditioner, denoiser, schedule, loaded and saved together."""
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffkit.errors import UserError
-from diffkit.files import atomic_directory
-from diffkit.models.codec import Codec
+from diffkit.files import atomic_directory, read_json, write_json
+from diffkit.models.classes import CARD_NAME, read_stored
+from diffkit.models.codec_kinds import open_codec
 from diffkit.models.conditioner import Conditioner
 from diffkit.models.denoiser import Denoiser, set_attention
 from diffkit.models.families import Family, PipelineKind, family_of
-from diffkit.models.loading import EMBEDDED, load_pipeline, quiet_libraries
+from diffkit.models.loading import EMBEDDED, load_pipeline, quiet_libraries, resolve
+from diffkit.models.model_card import ModelCard, write_model_card
 from diffkit.models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -42,13 +45,19 @@ class LatentDiffusion:
     def __init__(self, pipeline: DiffusionPipeline, source: str = "", **load_options: Any) -> None:
         table = family_of(type(pipeline).__name__)
         network: Any = getattr(pipeline, table.denoiser)
+        classes = None
+        if table.classes is not None:
+            stored = read_stored(resolve(source), load_options.get("revision"))
+            classes = table.classes(pipeline, stored)
+            table = table.with_classes(classes)
         self.family: Family = table.of(network)
         self._pipeline = pipeline
         self.source = source
         self._load_options = load_options
         self.schedule = Schedule.from_scheduler(pipeline.scheduler, self.family.flow_spacing)
-        self.codec = Codec(pipeline.vae)
-        self.conditioner = Conditioner(self.family, pipeline)
+        autoencoder = None if table.codec is None else getattr(pipeline, table.codec)
+        self.codec = open_codec(autoencoder, network.config.in_channels)
+        self.conditioner = Conditioner(self.family, pipeline, classes)
         self.denoiser = Denoiser(network, self.family, self.schedule)
 
     @classmethod
@@ -135,6 +144,8 @@ class LatentDiffusion:
     def check_size(self, height: int, width: int) -> None:
         """Raise `UserError` with the nearest right size when a picture size cannot be used."""
         unit = self.size_multiple
+        if self.family.square and height != width:
+            raise UserError(f"size {width}x{height}: {self.family.name} pictures are square.")
         if height >= unit and width >= unit and height % unit == 0 and width % unit == 0:
             return
         near = [max(unit, round(side / unit) * unit) for side in (width, height)]
@@ -143,10 +154,13 @@ class LatentDiffusion:
             f"the nearest is {near[0]}x{near[1]}."
         )
 
-    def pipeline(self, kind: PipelineKind = "text2image") -> DiffusionPipeline:
-        """A stock diffusers pipeline that shares this model's weights."""
+    def pipeline(self, kind: PipelineKind | None = None) -> DiffusionPipeline:
+        """A stock diffusers pipeline that shares this model's weights; by default its own kind."""
         self._restore_encoders()
-        wanted = self.family.pipeline_class(kind)
+        if kind is None:
+            wanted = self.family.loader(type(self._pipeline).__name__)
+        else:
+            wanted = self.family.pipeline_class(kind)
         if type(self._pipeline) is wanted:
             return self._pipeline
         # Without a dtype from_pipe would turn the shared weights into float32.
@@ -154,6 +168,9 @@ class LatentDiffusion:
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write a plain diffusers folder that `DiffusionPipeline.from_pretrained` loads.
+
+        A README.md in it says what the model was made from; see `diffkit.models.model_card`. Names
+        of classes and the null class go to `diffkit.json`; see `diffkit.models.classes`.
 
         Raises:
             UserError: the folder exists and `overwrite` is false, or cannot be written; or the
@@ -168,7 +185,18 @@ class LatentDiffusion:
         self._restore_encoders()
         with atomic_directory(folder, overwrite=overwrite) as place, quiet_libraries():
             self._pipeline.save_pretrained(place, safe_serialization=True)
+            self._save_classes(place)
+            write_model_card(place, ModelCard.of(self), title=Path(folder).name)
         return Path(folder)
+
+    def _save_classes(self, place: Path) -> None:
+        classes = self.conditioner.classes
+        if classes is not None and (stored := classes.stored()):
+            write_json(place / CARD_NAME, stored)
+            if "id2label" in inspect.signature(type(self._pipeline).__init__).parameters:
+                # stock DiTPipeline reads names from its index, but does not write them there
+                index = read_json(place / "model_index.json")
+                write_json(place / "model_index.json", index | {"id2label": stored.get("id2label")})
 
     def _restore_encoders(self) -> None:
         # Conditioner.free() dropped them; model_index.json would otherwise name none.

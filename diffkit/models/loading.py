@@ -84,7 +84,7 @@ def load_pipeline(
     config: str | os.PathLike[str] | None = None,
     parts: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
-    """A stock text-to-image pipeline in memory, on the CPU. See `LatentDiffusion.load`.
+    """A stock pipeline in memory, on the CPU. See `LatentDiffusion.load`.
 
     `parts` are components by name that are taken as they are instead of being read.
     """
@@ -133,7 +133,7 @@ def _from_folder(
 ) -> DiffusionPipeline:
     index = read_index(path)
     class_name = index["_class_name"]
-    cls = family_of(class_name).pipeline_class("text2image")
+    cls = family_of(class_name).loader(class_name)
     variant = variant or _lone_variant(path, index)
     options = {"dtype": dtype, "use_safetensors": True, "variant": variant, **parts}
     try:
@@ -188,7 +188,7 @@ def _from_hub(
     options = {"variant": variant, "revision": revision, "use_safetensors": True, **parts}
     try:
         index = DiffusionPipeline.load_config(name, revision=revision)
-        cls = family_of(index["_class_name"]).pipeline_class("text2image")
+        cls = family_of(index["_class_name"]).loader(index["_class_name"])
         return cls.from_pretrained(name, dtype=dtype, **options)
     except UserError:
         raise

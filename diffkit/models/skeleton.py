@@ -5,6 +5,7 @@ Counting needs shapes only, so that a model of any size is counted in no memory.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def skeleton(source: str, revision: str | None = None) -> LatentDiffusion:
 
 def _from_folder(path: Path, source: str) -> LatentDiffusion:
     index = read_index(path)
-    cls = family_of(index["_class_name"]).pipeline_class("text2image")
+    cls = family_of(index["_class_name"]).loader(index["_class_name"])
+    accepted = inspect.signature(cls.__init__).parameters
     parts: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for name, value in index.items():
@@ -46,7 +48,7 @@ def _from_folder(path: Path, source: str) -> LatentDiffusion:
                 parts[name] = None if value[0] is None else _component(path / name, *value)
             except (OSError, ValueError, AttributeError, ImportError) as error:
                 raise UserError(f"{path / name}: cannot be read as {value[1]}: {error}") from error
-        elif not name.startswith("_"):
+        elif name in accepted:
             settings[name] = value
     return LatentDiffusion(cls(**parts, **settings), source)
 

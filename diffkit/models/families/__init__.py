@@ -8,21 +8,34 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from diffkit.errors import UserError
+from diffkit.models.classes import Classes
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.schedule import FlowSpacing
 
 __all__ = ["Capability", "Family", "Geometry", "PipelineKind", "families", "family_of"]
 
-PipelineKind = Literal["text2image", "image2image", "inpaint"]
-Capability = Literal["lora", "cfg", "guidance_embedding", "taps", "micro_conditioning", "kohya"]
+PipelineKind = Literal["text2image", "image2image", "inpaint", "class2image", "unconditional"]
+Capability = Literal[
+    "lora", "cfg", "guidance_embedding", "taps", "micro_conditioning", "kohya", "labels"
+]
 
-_MODULES = ("sd", "sdxl", "sd3", "flux", "pixart", "pixart_sigma")
+_MODULES = (
+    "sd",
+    "sdxl",
+    "sd3",
+    "flux",
+    "pixart",
+    "pixart_sigma",
+    "dit",
+    "pixel_unet",
+    "latent_unet",
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,8 @@ class Geometry:
 
     Attributes:
         channels: C of its input; more than the codec's where a mask goes in too.
-        patch: latent pixels along one side of a token; 1 for a U-Net.
+        patch: latent pixels along one side of a token; for a U-Net what its latents' sides have to
+            be multiples of.
         sample: (h, w) that it was trained at.
         largest: the largest latent side, None where there is no limit.
     """
@@ -55,6 +69,10 @@ def _same(family: Family, model: Any) -> Family:
     return family
 
 
+def _ready(model: Any) -> None:
+    pass
+
+
 def _unpacked(latents: Tensor) -> Tensor:
     return latents
 
@@ -76,14 +94,14 @@ class Family:
         name: the family's name in messages.
         denoiser: component name of the denoiser in the pipeline, "unet" or "transformer".
         text_components: component names of tokenizers and text encoders.
-        pipelines: stock pipeline class names by kind.
+        pipelines: stock pipeline class names by kind; a model is loaded as the first.
         aliases: further pipeline class names whose checkpoints belong to this family.
         capabilities: what the model class can do.
         lora_targets: module-name endings that LoRA adapts by default.
         guidance_scale: the usual `guidance_scale`, diffusers' convention.
         call: (model, z_t, t (B,), conditioning, guidance (B,) or None) -> raw output (B, C, h, w).
-        encode_prompts: (pipeline, prompts) -> Conditioning without sizes.
-        encode_null: pipeline -> the unconditional Conditioning, batch of one.
+        encode_prompts: (pipeline, prompts) -> Conditioning without sizes; None without text.
+        encode_null: pipeline -> the unconditional Conditioning, batch of one; None without text.
         tap_names: model -> the names of the blocks whose output can be read.
         prompt_limits: tokens that the pipeline reads of a prompt, by tokenizer name, where that is
             not the tokenizer's own `model_max_length`.
@@ -95,6 +113,12 @@ class Family:
         flow_spacing: the sampling times of the stock pipelines, see `Schedule.from_scheduler`.
         train_guidance: the scale that a network with a guidance embedding is told in plain
             denoising training; None where such a network is not to be trained so.
+        codec: component name of the autoencoder, None for models of pixels.
+        classes: (pipeline, `id2label` and `null_class` of the folder) -> what labels the network
+            knows; None for models conditioned on text.
+        prepare: changes the network so that all its randomness is the caller's.
+        square: it makes square pictures only.
+        siblings: further stock pipeline classes of the same components, loaded as themselves.
     """
 
     name: str
@@ -106,8 +130,8 @@ class Family:
     lora_targets: tuple[str, ...]
     guidance_scale: float
     call: Callable[[nn.Module, Tensor, Tensor, Conditioning, Tensor | None], Tensor]
-    encode_prompts: Callable[[Any, list[str]], Conditioning]
-    encode_null: Callable[[Any], Conditioning]
+    encode_prompts: Callable[[Any, list[str]], Conditioning] | None
+    encode_null: Callable[[Any], Conditioning] | None
     tap_names: Callable[[nn.Module], tuple[str, ...]]
     prompt_limits: Mapping[str, int] = field(default_factory=dict)
     checkpoint: Callable[[Family, Any], Family] = _same
@@ -116,6 +140,27 @@ class Family:
     pipeline_arguments: Callable[[Family, float, list[str]], dict[str, Any]] = _guidance_arguments
     flow_spacing: FlowSpacing = "scheduler"
     train_guidance: float | None = None
+    codec: str | None = "vae"
+    classes: Callable[[Any, Mapping[str, Any]], Classes] | None = None
+    prepare: Callable[[Any], None] = _ready
+    square: bool = False
+    siblings: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> PipelineKind:
+        """The kind of stock pipeline that a model is loaded as."""
+        return next(iter(self.pipelines))
+
+    def with_classes(self, classes: Classes) -> Family:
+        """This table for a network with these classes: its name, its capabilities, its guidance."""
+        labels, guided = classes.count > 0, classes.null is not None
+        more: set[Capability] = {"labels"} if labels else set()
+        return replace(
+            self,
+            name=f"{'class-conditional' if labels else 'unconditional'} {self.name}",
+            capabilities=self.capabilities | more | ({"cfg"} if guided else set()),
+            guidance_scale=self.guidance_scale if guided else 1.0,
+        )
 
     def of(self, model: nn.Module) -> Family:
         """This table for one network: the capabilities and defaults that its config leaves it."""
@@ -147,6 +192,14 @@ class Family:
             raise UserError(f"{self.name} models have no {kind} pipeline in diffusers.")
         return getattr(diffusers, self.pipelines[kind])
 
+    def loader(self, class_name: str) -> Any:
+        """The stock class that a folder is loaded with whose index names `class_name`."""
+        import diffusers
+
+        if class_name in self.siblings:
+            return getattr(diffusers, class_name)
+        return self.pipeline_class(self.kind)
+
 
 def families() -> tuple[Family, ...]:
     """All families, in the order of their introduction."""
@@ -161,7 +214,7 @@ def family_of(pipeline_class: str) -> Family:
     """
     known: list[str] = []
     for family in families():
-        names = (*family.pipelines.values(), *family.aliases)
+        names = (*family.pipelines.values(), *family.aliases, *family.siblings)
         if pipeline_class in names:
             return family
         known.extend(names)
