@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffkit.errors import UserError
-from diffkit.models.families import families, family_of
+from diffkit.models.families import family_of
 from diffkit.models.weights import read_header, refuse_pickles
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ _SINGLE_FILE_MARKS = {
         "StableDiffusionXLPipeline"
     ),
     "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": "StableDiffusion3Pipeline",
+    "model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": "FluxPipeline",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "FluxPipeline",
     "model.diffusion_model.input_blocks.0.0.weight": "StableDiffusionPipeline",
 }
 
@@ -201,6 +203,10 @@ def _from_hub(
         ) from error
 
 
+def _name_of(class_name: str) -> str:
+    return family_of(class_name).name
+
+
 def _from_file(
     path: Path,
     dtype: torch.dtype,
@@ -213,7 +219,7 @@ def _from_file(
     keys = read_header(path).shapes
     class_name = next((cls for mark, cls in _SINGLE_FILE_MARKS.items() if mark in keys), None)
     if class_name is None:
-        known = ", ".join(family.name for family in families())
+        known = ", ".join(dict.fromkeys(map(_name_of, _SINGLE_FILE_MARKS.values())))
         raise UserError(
             f"{path}: holds no single-file checkpoint of {known} (its first key is "
             f"{next(iter(keys), 'missing')!r}). A LoRA goes to --lora, a component into its folder."

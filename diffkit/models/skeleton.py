@@ -63,7 +63,14 @@ def _component(folder: Path, library: str, class_name: str) -> Any:
     with torch.device("meta"):
         if library == "diffusers":
             return cls.from_config(cls.load_config(folder)).eval()
-        return cls(cls.config_class.from_pretrained(folder)).eval()
+        encoder = cls(cls.config_class.from_pretrained(folder)).eval()
+    # transformers looks at the values of a mask, which has none here; shapes do not depend on it.
+    encoder.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    return encoder
+
+
+def _without_mask(module: torch.nn.Module, args: Any, named: dict[str, Any]) -> Any:
+    return args, {name: value for name, value in named.items() if name != "attention_mask"}
 
 
 def _fetch_configs(name: str, revision: str | None) -> Path:
