@@ -33,8 +33,7 @@ def optional_module(name: str, extra: str, purpose: str) -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"{purpose} needs the package {name.partition('.')[0]}, which cannot be imported "
-            f"({error}). "
-            f'Install it with: pip install "diffkit[{extra}]"'
+            f'({error}). Install it with: pip install "diffkit[{extra}]"'
         ) from error
 
 
@@ -54,7 +53,7 @@ def load_named_weights(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
+        first, *_ = str(error).strip().splitlines() or ["it ends too early"]
         raise UserError(f"{file}: cannot be read as plain weights ({first}).") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

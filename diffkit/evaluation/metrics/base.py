@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffkit.evaluation.extractors import Extractor
-from diffkit.evaluation.metrics.tools import Toolbox
+from diffkit.evaluation.metrics.tools import NETWORKS, Toolbox
 from diffkit.evaluation.moments import Moments
 from diffkit.evaluation.neighbours import Neighbourhood, neighbourhood
 from diffkit.evaluation.reference import Reference, as_tensor
@@ -197,9 +197,6 @@ class _Common:
         if "features" in self.needs:
             return extractor.resize if extractor is not None else ""
         return next((tools.resize(need) for need in sorted(self.needs & NETWORKS)), "")
-
-
-NETWORKS = frozenset({"scorer", "classifier", "lpips"})
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,10 @@ from diffkit.models.fingerprint import fingerprint_module
 from diffkit.models.named_weights import load_named_weights, optional_module
 from diffkit.models.text_image_scorer import TextImageScorer
 
-__all__ = ["Scorer", "Toolbox", "load_lpips", "load_scorer"]
+__all__ = ["NETWORKS", "Scorer", "Toolbox", "load_lpips", "load_scorer"]
+
+NETWORKS = frozenset({"scorer", "classifier", "lpips"})
+"""What a metric may need of a `Toolbox`."""
 
 _TEXTS = 64  # texts a call of the text tower
 _BACKBONES = {
@@ -85,8 +89,10 @@ def load_lpips(spec: str, device: torch.device) -> Any:
             f"{_BACKBONE_URL}{cached} and give the file as {kind}:PATH."
         )
     state = load_named_weights(file)
-    # `pnet_rand` keeps torchvision from downloading the backbone.
-    network = lpips.LPIPS(net=kind, pnet_rand=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torchvision's, about how lpips calls it
+        # `pnet_rand` keeps torchvision from downloading the backbone.
+        network = lpips.LPIPS(net=kind, pnet_rand=True, verbose=False)
     # slice2.3.weight of lpips is features.3.weight of torchvision.
     wanted = {key: f"features.{key.partition('.')[2]}" for key in network.net.state_dict()}
     try:
