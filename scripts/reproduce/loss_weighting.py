@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.experiment import Cell, Experiment, Results
-from runner.inputs import FEATURES, asset_digest, pictures, untrained_model
+from runner.experiment import Cell, Experiment, Results, digest
+from runner.inputs import FEATURES, asset_digests, pictures, untrained_model
 from runner.main import main
 from runner.report import Measure, contrast_table
 from runner.scores import loss_by_time, picture_scores
@@ -32,9 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {"uniform": {"min_snr": None}, "min-SNR": {"mi
 STAGES = (64, 320, 640)
 SETTINGS: dict[str, Any] = {
     "data": "t2i-64",
-    "vae, text encoder": asset_digest(
-        "model/vae/diffusion_pytorch_model.safetensors", "model/text_encoder/model.safetensors"
-    ),
+    "assets": asset_digests("model/vae", "model/text_encoder"),
     "stages": list(STAGES),
     "batch_size": 32,
     "learning_rate": 8e-4,
@@ -42,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "ema": 0.99,
 }
 SCORING: dict[str, Any] = {
-    "feature network": asset_digest("features/model.safetensors"),
+    "assets": asset_digests("features"),
     "samples": [1, 1, 2],
     "steps": 25,
     "guidance": 2.0,
@@ -62,7 +60,7 @@ MEASURES = (
 def train(cell: Cell, data: Path) -> list[Path]:
     """The folders of the models after each stage."""
     settings = cell.settings
-    start = cell.work.parent / f"start-{cell.seed}-{settings['vae, text encoder']}"
+    start = cell.work.parent / f"start-{cell.seed}-{digest(settings['assets'])[:8]}"
     config = DenoisingTraining(
         data=str(data),
         output=cell.work / "run",
@@ -110,9 +108,7 @@ def run(cell: Cell) -> dict[str, Any]:
 def text(results: Results) -> str:
     """The claim, its numbers and what they are."""
     seeds = results.seeds(*ARMS)
-    if not seeds:
-        return "Not both arms have a seed in common yet."
-    n = results.values["uniform", seeds[0]]["n"][-1]
+    n = next(iter(results.values.values()))["n"][-1]
     return "\n".join(
         [
             f"The embedded model's U-Net from its random start, {STAGES[-1]} steps of "

@@ -79,8 +79,8 @@ class Experiment:
         title: of its section.
         arms: name -> the settings in which the arm differs from the others.
         seeds: the rows of every pair of arms.
-        settings: common to all arms; with digests of the files that decide what is made.
-        scoring: how the results are measured; with digests of the networks that measure.
+        settings: common to all arms; under "assets" digests of the weights that it starts from.
+        scoring: how the results are measured; under "assets" digests of the weights that measure.
         run: makes one cell; called again after an interruption, it goes on from what lies in
             `cell.work`.
         text: results -> the Markdown of its section, a title not included.

@@ -14,16 +14,18 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from runner import ROOT
 from runner.work import claim
 
-__all__ = ["ASSETS", "FEATURES", "asset_digest", "pictures", "untrained_model"]
+__all__ = ["ASSETS", "FEATURES", "asset_digests", "pictures", "untrained_model"]
 
 ASSETS = ROOT / "assets"
 FEATURES = ASSETS / "features"
 EMOJI = Path(".build/emoji")
 
 
-def asset_digest(*files: str) -> str:
-    """12 hexadecimal digits of the bytes of files below `assets/`, joined with a dash."""
-    return "-".join(sha256(ASSETS / file)[:12] for file in files)
+def asset_digests(*folders: str) -> dict[str, str]:
+    """Folder below `assets/` -> 12 hexadecimal digits of its weights."""
+    return {
+        folder: sha256(next((ASSETS / folder).glob("*.safetensors")))[:12] for folder in folders
+    }
 
 
 def pictures(folder: Path = EMOJI) -> Path:

@@ -44,6 +44,8 @@ def contrast_table(
 ) -> list[str]:
     """Markdown rows: both arms' means over the seeds, the paired difference, its interval."""
     seeds = results.seeds(arm, baseline)
+    if not seeds:
+        return [f"No seed has both {baseline} and {arm} yet."]
     lines = [
         f"| measure | {baseline} | {arm} | {arm} - {baseline}, 95 % interval | seed by seed |",
         "| --- | --- | --- | --- | --- |",

@@ -8,13 +8,14 @@ import torch
 from gates import generate, read_pairs, read_pictures, score
 from torch import Tensor
 
+from diffkit.evaluation.kernel_distance import kernel_distance_weighted
 from diffkit.models.denoiser import Denoiser
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.denoising import denoising_loss
 from diffkit.randomness import normal, uniform
 
-__all__ = ["BINS", "features_of", "kernel_distance", "loss_by_time", "picture_scores"]
+__all__ = ["BINS", "features_of", "loss_by_time", "picture_scores"]
 
 BINS = 10
 """Equal parts of the training times in which the loss is measured."""
@@ -34,37 +35,21 @@ def picture_scores(
     """The scores of `gates.py` for `samples` pictures of each (concept, style) pair of `data`.
 
     Picture i starts from the same noise for every model. `kernel` is the kernel distance, with the
-    feature network's features, to all pictures of `data`.
+    feature network's features, to all pictures of `data`: the U-statistic over all pairs.
     """
     pairs, real = read_pairs(data, False), read_pictures(data)
     images = generate(model, pairs, samples, steps, guidance, BATCH)
     scores = score(images, pairs, samples, network, real)
-    distance = kernel_distance(features_of(network, images), features_of(network, real[0]))
-    return {**scores, "kernel": distance}
+    drawn = features_of(network, images)
+    once = torch.ones(len(drawn))
+    distance = kernel_distance_weighted(drawn, features_of(network, real[0]), once)
+    return {**scores, "kernel": float(distance)}
 
 
 @torch.no_grad()
 def features_of(network: FeatureNetwork, images: Tensor) -> Tensor:
     """(n, d) features of images (n, 3, H, W) in [-1, 1]."""
     return torch.cat([network.features(part) for part in images.split(BATCH)])
-
-
-def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """The unbiased squared MMD of features x (n, d) and y (m, d) with the kernel (x.y / d + 1)^3.
-
-    Binkowski et al. 2018, over all pairs at once instead of subsets. With Inception's features and
-    subsets it would be KID; with others it must not be called so.
-    """
-    x, y = x.double(), y.double()
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def within(a: Tensor) -> Tensor:
-        values = kernel(a, a)
-        return (values.sum() - values.diagonal().sum()) / (len(a) * (len(a) - 1))
-
-    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
 
 
 @torch.no_grad()
