@@ -14,8 +14,9 @@ tail = Phi(sqrt(G / (G - 1)) t_{alpha / 2, G - 1}).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,9 +29,7 @@ __all__ = [
     "group_weights",
     "mean_interval",
     "paired_interval",
-    "paired_statistic_interval",
     "pivotal_interval",
-    "statistic_interval",
 ]
 
 # Resamples drawn from one address: fewer generators to seed, still a few megabytes.
@@ -47,7 +46,9 @@ class Interval:
 
 
 def group_weights(groups: Tensor, resamples: int, seed: int) -> Tensor:
-    """How often each picture counts in each resample: (R, n) int64, on the device of `groups`.
+    """How often each picture counts in each resample: (R, n) int32, on the device of `groups`.
+
+    For statistics of whole sets: compute the statistic under each row, then `pivotal_interval`.
 
     Args:
         groups: (n,) integers; pictures of equal number are drawn together.
@@ -56,8 +57,8 @@ def group_weights(groups: Tensor, resamples: int, seed: int) -> Tensor:
         UserError: there is one group only.
     """
     inverse, count = _numbered(groups)
-    counts = torch.cat(list(_group_counts(count, resamples, seed))).to(groups.device)
-    return counts[:, inverse]
+    counts = [block.int() for block in _group_counts(count, resamples, seed)]
+    return torch.cat(counts).to(groups.device)[:, inverse]
 
 
 def mean_interval(
@@ -97,62 +98,17 @@ def paired_interval(
     return mean_interval(difference, groups, resamples=resamples, seed=seed, level=level)
 
 
-def statistic_interval(
-    statistic: Callable[[Tensor], float],
-    groups: Tensor,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Pivotal interval of a number that belongs to a whole set of pictures.
-
-    Args:
-        statistic: the number when the pictures count (n,) int64 times; called R + 1 times.
-        groups: (n,) integers.
-
-    See `pivotal_interval` for what it corrects.
-    """
-    inverse, count = _numbered(groups)
-    value = statistic(torch.ones_like(inverse))
-    replicates = [
-        statistic(weights[inverse])
-        for counts in _group_counts(count, resamples, seed)
-        for weights in counts.to(groups.device)
-    ]
-    return pivotal_interval(value, torch.tensor(replicates, dtype=torch.float64), count, level)
-
-
-def paired_statistic_interval(
-    statistic_a: Callable[[Tensor], float],
-    statistic_b: Callable[[Tensor], float],
-    groups: Tensor,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Pivotal interval of the difference a - b of two sets made from the same n requests.
-
-    Both statistics get the same resamples; equal ones give exactly [0, 0].
-    """
-    return statistic_interval(
-        lambda weights: statistic_a(weights) - statistic_b(weights),
-        groups,
-        resamples=resamples,
-        seed=seed,
-        level=level,
-    )
-
-
 def pivotal_interval(
     value: float, replicates: Tensor, group_count: int, level: float = 0.95
 ) -> Interval:
     """[2 theta - q_high, 2 theta - q_low]: the basic bootstrap interval (Davison & Hinkley 1997).
 
-    The repeats in a resample bias statistics such as the Frechet distance once more by about what
-    finite n biases the value itself. The resamples' distance from the value, not their place, is
-    used, so both biases are taken out; the interval may then lie beside the biased value.
+    For a number of a whole set. The repeats in a resample bias statistics such as the Frechet
+    distance once more by about what finite n biases the value itself. The resamples' distance from
+    the value, not their place, is used, so both biases are taken out; the interval may then lie
+    beside the biased value. For the difference of two sets made for the same requests, take theta
+    and the replicates as differences under the same resamples; a set against itself gives exactly
+    [0, 0].
 
     Args:
         value: theta, the statistic of the pictures as they are.
@@ -192,6 +148,7 @@ def _quantiles(replicates: Tensor, group_count: int, level: float) -> tuple[floa
     return low, high
 
 
+@cache
 def _student_quantile(level: float, freedom: int) -> float:
     """t with P(|T| <= t) = level for Student's T.
 
