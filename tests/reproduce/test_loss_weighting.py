@@ -23,7 +23,7 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One picture of each second pair of the sample; the held-out folder beside them holds the same."""
+    """One picture of each second pair of the sample; the held-out folder holds the same."""
     root = tmp_path_factory.mktemp("emoji")
     rows = read_jsonl(path("sample") / "metadata.jsonl")[::16]
     for folder in (root / "t2i", root / "t2i-heldout"):
