@@ -33,7 +33,8 @@ class GenerateConfig:
     prompts: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT ...")
     ] = ()
-    """Prompts, each quoted, before the flags."""
+    """Prompts, each quoted, before the flags. For class-conditional models names or numbers of
+    classes; for unconditional ones they may be left out."""
 
     prompts_file: Annotated[Path | None, tyro.conf.arg(name="prompts")] = None
     """A text file with one prompt a line, instead of prompts on the command line."""
@@ -68,7 +69,8 @@ class GenerateConfig:
 
     scheduler: str | None = None
     """Sampler: ddim, ddpm, dpm++, dpm++-sde, euler, euler-a, heun, lcm, pndm, unipc; for flow
-    models flow-euler, flow-heun, flow-dpm++, flow-unipc. Default the model's own."""
+    models flow-euler, flow-heun, flow-dpm++, flow-unipc; for EDM models edm-euler, edm-dpm++.
+    Default the model's own."""
 
     size: str | None = None
     """WxH or N pixels; default the model's own size, with --image at the picture's aspect."""

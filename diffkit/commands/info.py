@@ -93,7 +93,7 @@ def main(config: InfoConfig) -> int:
 def describe(model: LatentDiffusion, card: Card, size: Size, cost: ModelCost) -> dict[str, Any]:
     """Everything that the configs say of a model, as JSON-ready values."""
     pipeline, schedule = model.pipeline(), model.schedule
-    networks = model.networks
+    networks, classes = model.networks, model.conditioner.classes
     components = [
         {
             "name": name,
@@ -115,6 +115,7 @@ def describe(model: LatentDiffusion, card: Card, size: Size, cost: ModelCost) ->
             "train_timesteps": schedule.num_train_timesteps,
             "zero_terminal_snr": schedule.zero_terminal_snr,
         },
+        "classes": None if classes is None else {"count": classes.count, **classes.stored()},
         "capabilities": sorted(model.family.capabilities),
         "latent": {"channels": model.codec.channels, "factor": model.codec.factor},
         "defaults": {
@@ -173,6 +174,7 @@ def _text(report: dict[str, Any]) -> str:
             f"schedule: {schedule['kind']}, predicts {schedule['prediction_type']}, "
             f"{schedule['train_timesteps']} training times, terminal SNR {terminal} "
             f"({schedule['scheduler']})",
+            *_class_lines(report["classes"]),
             f"capabilities: {', '.join(report['capabilities'])}",
             f"defaults: {report['defaults']['steps']} steps, "
             f"guidance {report['defaults']['guidance_scale']:g}",
@@ -201,11 +203,26 @@ def _estimate_lines(estimate: dict[str, Any]) -> list[str]:
     ]
 
 
+def _class_lines(classes: dict[str, Any] | None) -> list[str]:
+    """What a model without text is conditioned on; no line for a model of text."""
+    if classes is None:
+        return []
+    if classes["count"] == 0:
+        return ["classes: none, unconditional"]
+    null = classes.get("null_class")
+    names = list(classes.get("id2label", {}).values())
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    guided = "no null class" if null is None else f"null class {null}"
+    return [f"classes: {classes['count']}, {guided}{': ' if some else ''}{some}"]
+
+
 def _calls(count: int) -> str:
     return "one call" if count == 1 else "two calls, for guidance"
 
 
 def _mac_line(value: dict[str, int]) -> str:
+    if value["total"] == 0:
+        return "none"
     share = value["convolutions"] / value["total"]
     return f"{_si(value['total'], 'MAC')}, {share:.0%} in convolutions"
 

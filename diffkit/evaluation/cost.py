@@ -181,8 +181,9 @@ def model_cost(model: LatentDiffusion, width: int, height: int) -> ModelCost:
     """Count a model (usually a `skeleton`) at one picture size in pixels."""
     channels, h, w = model.codec.channels, height // model.codec.factor, width // model.codec.factor
     device = model.device
-    conditioner, denoiser, vae = model.conditioner, model.denoiser, model.codec.vae
-    cond = conditioner.encode(["a"], (height, width))
+    conditioner, denoiser, codec = model.conditioner, model.denoiser, model.codec
+    prompt = [conditioner.example]
+    cond = conditioner.encode(prompt, (height, width))
     z_0 = torch.empty(1, channels, h, w, device=device, dtype=model.dtype)
     # more channels than z_0 has where a mask goes in
     z_t = z_0.new_empty(1, denoiser.geometry.channels, h, w)
@@ -190,9 +191,9 @@ def model_cost(model: LatentDiffusion, width: int, height: int) -> ModelCost:
     guidance = t if model.family.takes_guidance else None
     return ModelCost(
         parameters={name: parameter_count(part) for name, part in model.networks.items()},
-        text=count(lambda: conditioner.encode(["a"], (height, width))),
+        text=count(lambda: conditioner.encode(prompt, (height, width))),
         denoiser=count(lambda: denoiser(z_t, t, cond, guidance)),
-        decode=count(lambda: vae.decode(z_0)),
+        decode=count(lambda: codec.decode(z_0)),
         width=width,
         height=height,
     )

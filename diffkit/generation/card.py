@@ -1,4 +1,7 @@
-"""A model folder's own defaults for generation, in an optional `diffkit.json`."""
+"""A model folder's own defaults for generation, in an optional `diffkit.json`.
+
+The same file names the classes of a model that has any: see `diffkit.models.classes`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,10 @@ from pathlib import Path
 
 from diffkit.errors import UserError
 from diffkit.files import read_json
+from diffkit.models.classes import CARD_NAME, CLASS_KEYS
 from diffkit.models.loading import resolve
 
 __all__ = ["CARD_NAME", "Card", "read_card"]
-
-CARD_NAME = "diffkit.json"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def read_card(source: str) -> Card:
     path = Path(resolve(source)) / CARD_NAME
     if not path.is_file():
         return Card()
-    values = read_json(path)
+    values = {k: v for k, v in read_json(path).items() if k not in CLASS_KEYS}
     known = [field.name for field in fields(Card)]
     unknown = sorted(set(values) - set(known))
     if unknown:

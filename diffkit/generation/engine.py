@@ -1,4 +1,4 @@
-"""From recipes to pixels, through the stock diffusers pipelines of a loaded model."""
+"""From recipes to pixels: through the stock pipelines of text models, or our loop for others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffkit.console import warn
 from diffkit.errors import RunFailed, UserError
 from diffkit.generation.inpaint import keep_known, takes_masks
+from diffkit.generation.labels import sample_labels
 from diffkit.generation.pictures import Size, check_size, fit, read_mask, read_picture
 from diffkit.generation.recipe import Recipe
 from diffkit.generation.schedulers import swap_scheduler
@@ -80,8 +82,10 @@ def size_rule(model: LatentDiffusion) -> SizeRule:
     factor, geometry = model.codec.factor, model.denoiser.geometry
     height, width = geometry.sample
     largest = None if geometry.largest is None else geometry.largest * factor
-    # Stock pipelines ask for multiples of 8 whatever the codec's factor is.
-    unit = math.lcm(8, factor * geometry.patch)
+    unit = factor * geometry.patch
+    if model.conditioner.classes is None:
+        # Stock pipelines ask for multiples of 8 whatever the codec's factor is.
+        unit = math.lcm(8, unit)
     return SizeRule(Size(width * factor, height * factor), unit, largest)
 
 
@@ -96,6 +100,8 @@ def weights_digest(model: LatentDiffusion) -> str:
     parts = [fingerprint_module(part, name) for name, part in sorted(model.networks.items())]
     scheduler = model.pipeline().scheduler
     parts.append(type(scheduler).__name__ + describe_config(scheduler.config))
+    if model.conditioner.classes is not None:
+        parts.append(describe_config(model.conditioner.classes.stored()))
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -126,6 +132,10 @@ def render(
     Returns:
         One picture a recipe. Inpainted "pil" pictures keep the input's pixels outside the mask.
     """
+    if model.conditioner.classes is not None:
+        with _sampler(model, model.pipeline(), recipes[0]) as pipeline:
+            made = sample_labels(model, recipes, pipeline.scheduler).cpu()
+        return list(made) if output_type == "pt" else pipeline.numpy_to_pil(_channels_last(made))
     if len({bool(recipe.negative) for recipe in recipes}) == 2:
         return _render_apart(model, recipes, output_type)
     first = recipes[0]
@@ -146,6 +156,10 @@ def render(
     if output_type == "pil" and picture is not None and mask is not None:
         images = [Image.composite(image, picture, mask) for image in images]
     return images
+
+
+def _channels_last(images: Tensor) -> Any:
+    return images.permute(0, 2, 3, 1).numpy()
 
 
 def _render_apart(model: LatentDiffusion, recipes: Sequence[Recipe], output_type: str) -> list[Any]:

@@ -21,9 +21,12 @@ from diffkit.generation.inpaint import takes_masks
 from diffkit.generation.pictures import Size, area_size, parse_size, read_mask, read_picture
 from diffkit.generation.recipe import Recipe, differing_keys
 from diffkit.generation.schedulers import swap_scheduler
-from diffkit.models.loading import EMBEDDED
+from diffkit.models.families import family_of
+from diffkit.models.loading import EMBEDDED, read_index, resolve
 
 if TYPE_CHECKING:
+    from diffkit.models.classes import Classes
+    from diffkit.models.families import Family
     from diffkit.models.latent_diffusion import LatentDiffusion
 
 __all__ = ["Request", "open_model", "parse_lora", "plan", "repeat"]
@@ -54,7 +57,7 @@ class Request:
 
     def check(self) -> None:
         """Refuse what is wrong whatever the model is, with `UserError`."""
-        if not self.prompts:
+        if not self.prompts and not _may_lack_prompts(self.model):
             raise UserError('no prompts: give them in quotes, or --prompts FILE; "" is allowed.')
         for name in ("num", "steps"):
             value = getattr(self, name)
@@ -126,6 +129,11 @@ def plan(request: Request, model: LatentDiffusion) -> list[Recipe]:
     guidance = request.guidance
     if guidance is None:
         guidance = card.guidance(model.family.guidance_scale)
+    asked = request.prompts
+    if model.conditioner.classes is not None:
+        _check_labels(request, model.family, guidance)
+        asked = asked or _no_prompt(model.conditioner.classes)
+        model.conditioner.classes.numbers(asked)
     if request.negative and guidance <= 1:
         raise UserError("--negative: does nothing at a guidance of 1 or below; raise --guidance.")
     if request.negative and takes_guidance(model):
@@ -166,11 +174,41 @@ def plan(request: Request, model: LatentDiffusion) -> list[Recipe]:
         dtype=request.dtype,
         attention=request.attention,
     )
-    prompts = [prompt for prompt in request.prompts for _ in range(request.num)]
+    prompts = [prompt for prompt in asked for _ in range(request.num)]
     return [
         dataclasses.replace(first, prompt=prompt, index=i, seed=request.seed + i)
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _may_lack_prompts(source: str) -> bool:
+    """True for the folder of a model without text: only the loaded model knows its classes."""
+    folder = Path(resolve(source)).expanduser()
+    if not (folder / "model_index.json").is_file():
+        return False
+    return not family_of(read_index(folder)["_class_name"]).text_components
+
+
+def _no_prompt(classes: Classes) -> tuple[str, ...]:
+    if classes.count == 0:
+        return ("",)
+    some = ", ".join(classes.name(number) for number in range(min(3, classes.count)))
+    raise UserError(
+        f"no prompts: give names or numbers of classes; this model has {classes.count}: {some}, ..."
+    )
+
+
+def _check_labels(request: Request, family: Family, guidance: float) -> None:
+    """Raise `UserError` for what only models conditioned on text can do."""
+    if request.negative:
+        raise UserError(f"--negative: {family.name} models read no text; leave it out.")
+    if request.image is not None:
+        family.pipeline_class("image2image")
+    if guidance > 1 and "cfg" not in family.capabilities:
+        raise UserError(
+            f"--guidance {guidance:g}: {family.name} models without a null class have no "
+            "unconditional output to be guided away from; leave it out."
+        )
 
 
 def _size(request: Request, model: LatentDiffusion) -> Size:

@@ -13,7 +13,7 @@ from diffkit.errors import UserError
 
 __all__ = ["SCHEDULERS", "SchedulerChoice", "scheduler_names", "swap_scheduler"]
 
-Kind = Literal["ddpm", "flow"]
+Kind = Literal["ddpm", "flow", "edm"]
 
 # Values of a model's noise schedule: a scheduler that does not take one would sample from another
 # schedule than the model was trained on, without a word.
@@ -26,7 +26,7 @@ class SchedulerChoice:
 
     Attributes:
         class_name: its name in diffusers.
-        kind: "ddpm" (epsilon, v and x0 models) or "flow".
+        kind: "ddpm" (epsilon, v and x0 models), "flow" or "edm".
         settings: config values that make the class what the name says.
         refuses: prediction types that the class does not implement.
         from_noise_only: it cannot start from a noised picture in diffusers' pipelines.
@@ -62,7 +62,11 @@ SCHEDULERS: dict[str, SchedulerChoice] = {
         "DPMSolverMultistepScheduler", "flow", _FLOW, from_noise_only=True
     ),
     "flow-unipc": SchedulerChoice("UniPCMultistepScheduler", "flow", _FLOW, from_noise_only=True),
+    "edm-euler": SchedulerChoice("EDMEulerScheduler", "edm"),
+    "edm-dpm++": SchedulerChoice("EDMDPMSolverMultistepScheduler", "edm"),
 }
+_MODELS = {"ddpm": "a DDPM-type model", "flow": "a flow-matching model", "edm": "an EDM model"}
+_SAFE = {"ddpm": "ddim", "flow": "flow-euler", "edm": "edm-euler"}
 
 
 def scheduler_names(kind: Kind) -> list[str]:
@@ -75,8 +79,8 @@ def swap_scheduler(
 ) -> Any:
     """A new scheduler called `name` that keeps the noise schedule of the model's own `scheduler`.
 
-    Betas, prediction type, timestep spacing, flow shift and zero-terminal-SNR rescaling are
-    carried over; latents are never clipped unless the model's own scheduler says so.
+    Betas or EDM's sigmas, prediction type, timestep spacing, flow shift and zero-terminal-SNR
+    rescaling are carried over; latents are never clipped unless the model's own scheduler says so.
 
     Args:
         scheduler: the model's diffusers scheduler.
@@ -90,8 +94,9 @@ def swap_scheduler(
         raise UserError(f"--scheduler {name}: unknown. For this model: {_list(kind)}.")
     choice = SCHEDULERS[name]
     if choice.kind != kind:
-        model = {"ddpm": "a DDPM-type model", "flow": "a flow-matching model"}[kind]
-        raise UserError(f"--scheduler {name}: not for {model}. For this one: {_list(kind)}.")
+        raise UserError(
+            f"--scheduler {name}: not for {_MODELS[kind]}. For this one: {_list(kind)}."
+        )
     if prediction_type in choice.refuses:
         raise UserError(f"--scheduler {name}: has no {prediction_type} prediction; try ddim.")
     if choice.from_noise_only and not from_noise:
@@ -103,7 +108,7 @@ def swap_scheduler(
     if lost:
         raise UserError(
             f"--scheduler {name}: does not know {' and '.join(lost)}, which this model was "
-            f"trained with; try {'ddim' if kind == 'ddpm' else 'flow-euler'}."
+            f"trained with; try {_SAFE[kind]}."
         )
     settings = dict(choice.settings)
     if "clip_sample" in accepted and "clip_sample" not in config:

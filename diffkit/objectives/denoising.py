@@ -3,14 +3,16 @@
     z_t = alpha_t z_0 + sigma_t eps,    loss = w(t) mean((f(z_t, t, c) - y)^2)
 
 with the target y of the model's own parametrisation: eps, z_0, v = alpha_t eps - sigma_t z_0, or
-the velocity eps - z_0 of flow matching.
+the velocity eps - z_0 of flow matching, or EDM's F. Of the last the unweighted loss is EDM's own:
+its weight (sigma^2 + s^2) / (sigma s)^2 of |D - z_0|^2, with s = sigma_data, is 1 / c_out^2, and
+D - z_0 = c_out (F - y).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,7 +63,7 @@ def min_snr_weight(snr: Tensor, gamma: float, parametrization: Parametrization) 
         snr: alpha_t^2 / sigma_t^2, any shape; 0 (pure noise) gives eps the limit 1 and v 0.
         gamma: the cut-off, above 0; 5 in the paper.
 
-    Raises `UserError` for the velocity of flow matching, for which the paper gives no weight.
+    Raises `UserError` for flow matching's velocity and EDM's F: the paper gives no weight for them.
     """
     if parametrization == "sample":
         return snr.clamp_max(gamma)
@@ -70,8 +72,8 @@ def min_snr_weight(snr: Tensor, gamma: float, parametrization: Parametrization) 
     if parametrization == "v_prediction":
         return snr.clamp_max(gamma) / (snr + 1)
     raise UserError(
-        "min_snr: is defined for eps-, x0- and v-prediction, and this is a flow model; leave it "
-        "out, or choose --denoising.density logit_normal."
+        f"min_snr: is defined for eps-, x0- and v-prediction, not for {parametrization}; leave it "
+        "out. For a flow model there is --denoising.density logit_normal."
     )
 
 
@@ -96,14 +98,20 @@ class DenoisingConfig:
     """Gamma of min-SNR weighting (5 in the paper); uniform weights without it."""
     offset_noise: float = 0.0
     """Standard deviation of an offset added to each channel's noise."""
-    condition_dropout: float = 0.1
-    """Probability with which a caption is replaced by the empty one, for guidance."""
-    density: Density = "uniform"
-    """Density of training times; logit_normal is for flow models (Stable Diffusion 3)."""
+    condition_dropout: float | None = None
+    """Probability with which a caption is replaced by the empty one, a label by the null class, for
+    guidance; 0.1 by default, 0 for a model without a null class."""
+    density: Density | None = None
+    """Density of training times; logit_normal is for flow models (Stable Diffusion 3). By default
+    log_normal for EDM models, uniform for the others."""
     logit_mean: float = 0.0
     """Mean of the logit-normal density."""
     logit_std: float = 1.0
     """Standard deviation of the logit-normal density."""
+    log_mean: float = -1.2
+    """Mean of ln sigma, for EDM models."""
+    log_std: float = 1.2
+    """Standard deviation of ln sigma, for EDM models."""
     guidance: float | None = None
     """Scale told to a model with a guidance embedding (Flux-dev); its usual 3.5 without this."""
 
@@ -111,20 +119,45 @@ class DenoisingConfig:
         """Raise `UserError` for impossible values."""
         if self.min_snr is not None and not self.min_snr > 0:
             raise UserError(f"denoising.min_snr: {self.min_snr} must be above 0.")
-        if not 0 <= self.condition_dropout <= 1:
+        if self.condition_dropout is not None and not 0 <= self.condition_dropout <= 1:
             raise UserError(
                 f"denoising.condition_dropout: {self.condition_dropout} is not in [0, 1]."
             )
         if self.offset_noise < 0:
             raise UserError(f"denoising.offset_noise: {self.offset_noise} must not be negative.")
-        if self.density == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+        if self.density != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
             raise UserError(
                 "denoising.logit_mean, logit_std: need --denoising.density logit_normal."
             )
         if self.guidance is not None and self.guidance < 0:
             raise UserError(f"denoising.guidance: {self.guidance} must not be negative.")
-        if not self.logit_std > 0:
-            raise UserError(f"denoising.logit_std: {self.logit_std} must be above 0.")
+        for name in ("logit_std", "log_std"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"denoising.{name}: {getattr(self, name)} must be above 0.")
+
+    def resolve(self, model: LatentDiffusion) -> DenoisingConfig:
+        """The values that None stands for with this model.
+
+        Raises `UserError` for what this model cannot be trained with.
+        """
+        classes, rate = model.conditioner.classes, self.condition_dropout
+        if classes is not None and classes.null is None:
+            if rate:
+                raise UserError(
+                    f"denoising.condition_dropout: {rate}, but this {model.family.name} has no "
+                    "null class that a label could be replaced by; leave it out."
+                )
+            rate = 0.0
+        density = self.density or model.schedule.density
+        if density != "log_normal" and (self.log_mean, self.log_std) != (-1.2, 1.2):
+            raise UserError("denoising.log_mean, log_std: are for EDM models; leave them out.")
+        return replace(self, condition_dropout=0.1 if rate is None else rate, density=density)
+
+    def normal(self) -> tuple[float | None, float | None]:
+        """(mean, standard deviation) of the normal variable of the density, if it has one."""
+        if self.density == "logit_normal":
+            return self.logit_mean, self.logit_std
+        return (self.log_mean, self.log_std) if self.density == "log_normal" else (None, None)
 
 
 @dataclass(frozen=True)
@@ -132,11 +165,11 @@ class Draws:
     """One micro-batch on the device, with all its randomness.
 
     Attributes:
-        batch: images or moments, captions or conditioning.
+        batch: images or moments, captions, labels or conditioning.
         posterior: (B, C, h, w) standard normal noise of the latents' own posterior.
         eps: (B, C, h, w) the noise to be added.
         t: (B,) training times in the model's units.
-        drop: (B,) true where the caption is dropped.
+        drop: (B,) true where the caption or the label is dropped.
     """
 
     batch: Batch
@@ -179,7 +212,7 @@ class DenoisingPlayer(nn.Module):
             snr = schedule.snr(draws.t)
             weight = min_snr_weight(snr, self.min_snr, schedule.prediction_type)
         loss = denoising_loss(output, target, weight)
-        return {"loss": loss, "time": draws.t / schedule.num_train_timesteps}
+        return {"loss": loss, "time": schedule.place(draws.t)}
 
 
 @contextlib.contextmanager
@@ -239,6 +272,7 @@ class DenoisingObjective:
         self, model: LatentDiffusion, config: DenoisingConfig, lora: str | None = None
     ) -> None:
         config.check()
+        config = config.resolve(model)
         _check_inputs(model)
         self.model = model
         self.config = config
@@ -268,8 +302,10 @@ class DenoisingObjective:
         """Make the null conditioning there; codec and encoders follow when they are needed."""
         # "cuda" is never equal to the "cuda:0" that a module tells; a tensor knows its full name.
         self._device = torch.empty(0, device=device).device
-        # Sizes are told even to a model without a prompt, so these are never used.
-        self._null = self.model.conditioner.null(1, sizes=(64, 64)).to(device)
+        conditioner = self.model.conditioner
+        if conditioner.classes is None or conditioner.classes.null is not None:
+            # Sizes are told even to a model without a prompt, so these are never used.
+            self._null = conditioner.null(1, sizes=(64, 64)).to(device)
 
     def draw(self, batch: Batch, repeat: int) -> Draws:
         """Noise, times and dropped captions of a micro-batch, by address."""
@@ -281,9 +317,8 @@ class DenoisingObjective:
             offsets = keys.normal((shape[0], 1, 1), f"offset{again}")
             eps = offset_noise(eps, offsets, config.offset_noise)
         u = keys.uniform(f"timestep{again}")
-        t = self.model.schedule.train_timesteps(
-            u, config.density, config.logit_mean, config.logit_std
-        )
+        t = self.model.schedule.train_timesteps(u, config.density, *config.normal())
+        assert config.condition_dropout is not None  # resolved
         drop = keys.uniform(f"drop{again}") < config.condition_dropout
         posterior = keys.normal(shape, f"posterior{again}")
         device = self._device
@@ -293,8 +328,7 @@ class DenoisingObjective:
 
     def _latent_shape(self, batch: Batch) -> tuple[int, int, int]:
         if batch.moments is not None:
-            channels, height, width = batch.moments.shape[1:]
-            return channels // 2, height, width
+            return self.model.codec.channels, *batch.moments.shape[-2:]
         assert batch.images is not None
         return self.model.codec.latent_shape(*batch.images.shape[-2:])
 
@@ -314,14 +348,15 @@ class DenoisingObjective:
     def _condition(self, batch: Batch, drop: Tensor) -> Conditioning:
         conditioner = self.model.conditioner
         cond = batch.conditioning
-        if cond is None:
+        if conditioner.classes is not None:
+            cond = conditioner.encode_labels(batch.labels, len(batch))
+        elif cond is None:
             for encoder in conditioner.encoders.values():
                 encoder.to(self._device)
             cond = conditioner.encode(batch.captions, batch.sizes)
         else:
             cond = conditioner.with_sizes(cond, batch.sizes)
-        assert self._null is not None
-        return cond.drop(drop, self._null)
+        return cond if self._null is None else cond.drop(drop, self._null)
 
     def save(self, folder: Path) -> None:
         """Write a plain diffusers folder, or the LoRA in diffusers' layout."""

@@ -11,9 +11,12 @@ from torch import nn
 from diffkit.console import say
 from diffkit.data.fill import cache_embeddings, cache_latents
 from diffkit.data.hub import load_table, open_source
+from diffkit.data.labels import match_labels
 from diffkit.data.loader import TrainingData
 from diffkit.data.scan import require_captions
 from diffkit.data.stream import StreamedData
+from diffkit.errors import UserError
+from diffkit.models.classes import Classes
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.publish import check_destination
 from diffkit.objectives.base import Objective
@@ -150,14 +153,34 @@ def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData | St
         "image_column": config.image_column,
         "caption_column": config.caption_column,
     }
+    labels = _check_labels(config, model)
     if config.streaming:
         table = load_table(config.data, config.split, streaming=True)
-        columns["captions"] = config.needs_captions()
+        columns["captions"] = labels is None and config.needs_captions()
         return StreamedData(table, config.data, **options, **columns)
     source = open_source(config.data, split=config.split, **columns)
-    if config.needs_captions():
+    if labels is not None and labels.count:
+        source, model.conditioner.classes = match_labels(source, labels)
+    elif labels is None and config.needs_captions():
         require_captions(source)
     return TrainingData(source, max_aspect=config.max_aspect, **options)
+
+
+def _check_labels(config: TrainConfig, model: LatentDiffusion) -> Classes | None:
+    """The classes of a model without text; `UserError` for flags that are not for it."""
+    classes = model.conditioner.classes
+    if classes is not None and config.cache_embeddings:
+        raise UserError(
+            f"cache_embeddings: {model.family.name} models read no captions; leave it out."
+        )
+    if classes is not None and classes.count and config.streaming:
+        raise UserError(
+            "streaming: the classes of a stream are not known at the start, and this model is "
+            "conditioned on them; leave --streaming out."
+        )
+    if config.max_aspect != 1 and model.family.square:
+        raise UserError(f"max_aspect: {model.family.name} pictures are square; leave it out.")
+    return classes
 
 
 def build_objective(config: TrainConfig, model: LatentDiffusion) -> Objective:

@@ -21,7 +21,7 @@ class DenoisingTraining(TrainConfig):
 
     def needs_captions(self) -> bool:
         """Unless all of them are dropped."""
-        return self.denoising.condition_dropout < 1
+        return self.denoising.condition_dropout != 1
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""

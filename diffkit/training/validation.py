@@ -56,7 +56,9 @@ class Validation:
         self.folder = folder
         sizes = (size, size)
         self._cond = model.conditioner.encode(self.prompts, sizes).to("cpu")
-        self._null = model.conditioner.null(1, sizes).to("cpu")
+        self._null: Conditioning | None = None
+        if guidance_scale != 1:
+            self._null = model.conditioner.null(1, sizes).to("cpu")
         shape = model.latent_shape(size, size)
         self._noise = torch.stack(
             [normal(shape, seed + i, "image") for i in range(len(self.prompts))]
@@ -87,7 +89,7 @@ class Validation:
             rows = slice(start, start + self.batch)
             noise = self._noise[rows].to(device)
             cond = self._cond.select(rows).to(device)
-            null: Conditioning = self._null.expand(len(noise)).to(device)
+            null = None if self._null is None else self._null.expand(len(noise)).to(device)
             latents = sample(
                 denoiser,
                 noise,
