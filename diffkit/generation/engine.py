@@ -210,6 +210,7 @@ def _sampler(model: LatentDiffusion, pipeline: Any, recipe: Recipe) -> Iterator[
             model.schedule.kind,
             model.schedule.prediction_type,
             from_noise=recipe.image is None,
+            spacing=model.family.flow_spacing,
         )
     try:
         yield pipeline

@@ -229,7 +229,12 @@ def _check_scheduler(request: Request, model: LatentDiffusion) -> None:
         schedule, own = model.schedule, model.pipeline().scheduler
         from_noise = request.image is None
         swap_scheduler(
-            own, request.scheduler, schedule.kind, schedule.prediction_type, from_noise=from_noise
+            own,
+            request.scheduler,
+            schedule.kind,
+            schedule.prediction_type,
+            from_noise=from_noise,
+            spacing=model.family.flow_spacing,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import diffusers
 
 from diffkit.errors import UserError
+from diffkit.models.schedule import FlowSpacing
 
 __all__ = ["SCHEDULERS", "SchedulerChoice", "scheduler_names", "swap_scheduler"]
 
@@ -75,7 +76,13 @@ def scheduler_names(kind: Kind) -> list[str]:
 
 
 def swap_scheduler(
-    scheduler: Any, name: str, kind: Kind, prediction_type: str, *, from_noise: bool = True
+    scheduler: Any,
+    name: str,
+    kind: Kind,
+    prediction_type: str,
+    *,
+    from_noise: bool = True,
+    spacing: FlowSpacing = "scheduler",
 ) -> Any:
     """A new scheduler called `name` that keeps the noise schedule of the model's own `scheduler`.
 
@@ -86,6 +93,7 @@ def swap_scheduler(
         scheduler: the model's diffusers scheduler.
         kind, prediction_type: those of the model's `Schedule`.
         from_noise: false when sampling starts from a picture.
+        spacing: the model family's, see `Schedule.from_scheduler`.
 
     Raises:
         UserError: an unknown name, one of the other kind, or one that would lose a setting.
@@ -115,7 +123,23 @@ def swap_scheduler(
         settings["clip_sample"] = False  # latents leave [-1, 1], the classes' default range
     if kind == "flow" and "flow_shift" in accepted:
         settings["flow_shift"] = config.get("shift", 1.0)
+    if spacing == "fractions" and not _takes_fractions(target, scheduler.config, settings):
+        raise UserError(
+            f"--scheduler {name}: cannot take the times that this model's pipeline hands to it; "
+            "try flow-euler."
+        )
     return target.from_config(scheduler.config, **settings)
+
+
+def _takes_fractions(target: Any, config: Any, settings: Mapping[str, Any]) -> bool:
+    """Whether Flux's pipelines could set the times: they give mu, and sigmas where these are taken
+    from outside. The classes say what they refuse only by refusing it."""
+    times = {} if settings.get("use_flow_sigmas") else {"sigmas": [1.0, 0.5]}
+    try:
+        target.from_config(config, **settings).set_timesteps(2, mu=1.0, **times)
+    except (TypeError, ValueError, AssertionError):
+        return False
+    return True
 
 
 def _list(kind: Kind) -> str:
