@@ -125,6 +125,7 @@ def _content(
     names = role_names(report["sets"])
     rows = [_row(metric) for metric in report["metrics"]]
     per_picture = [metric for metric in report["metrics"] if metric["kind"] == "sample"]
+    histograms, still = _histograms(per_picture, samples)
     compared = [row for row in rows if row.verdict is not None]
     return {
         "report": report,
@@ -142,7 +143,8 @@ def _content(
         "large": gallery.large,
         "extremes": _extremes(gallery, per_picture),
         "spectra": _spectra(report["spectra"]),
-        "histograms": [_histogram(metric, samples) for metric in per_picture],
+        "histograms": histograms,
+        "still": still,
         "cost_groups": cost_groups(report["cost"]),
         "cost_plot": Markup(cost_plot(report["cost"], names)) if report["cost"] else "",
         "command": command_line(report["command"]),
@@ -155,7 +157,7 @@ def _row(metric: Mapping[str, Any]) -> MetricRow:
     shown = metric["values"]["model"] if difference is None else difference
     return MetricRow(
         name=metric["name"],
-        label=_capitalised(metric["label"]),
+        label=_label(metric),
         direction=_DIRECTIONS[metric["better"]],
         values={key: Estimate(*estimate_text(value)) for key, value in metric["values"].items()},
         difference=difference and Estimate(*estimate_text(difference, signed=True)),
@@ -182,8 +184,10 @@ def _facts(metric: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _capitalised(text: str) -> str:
-    """The text with a capital first letter; `str.capitalize` would lower the others."""
+def _label(metric: Mapping[str, Any]) -> str:
+    """The metric's label without its network, which stands beside it as the extractor."""
+    text = metric["label"].removesuffix(f" ({metric['extractor']})")
+    # `str.capitalize` would lower the other letters.
     return text[:1].upper() + text[1:]
 
 
@@ -230,7 +234,7 @@ def _set_facts(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _extremes(gallery: Gallery, metrics: Sequence[Mapping[str, Any]]) -> list[Extremes]:
     found = [
-        gallery.extremes(metric["name"], _capitalised(metric["label"]), metric["better"])
+        gallery.extremes(metric["name"], _label(metric), metric["better"])
         for metric in metrics
         if metric["better"] is not None
     ]
@@ -244,16 +248,23 @@ def _spectra(spectra: Mapping[str, Any] | None) -> list[Markup]:
     return [Markup(plot) for plot in plots if plot]
 
 
-def _histogram(
-    metric: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
-) -> tuple[str, Markup]:
-    """(label, plot): of the differences where pictures have two values, else of the values."""
-    name, better = metric["name"], metric["better"]
-    found = [sample["values"][name] for sample in samples if name in sample["values"]]
-    if all(len(value) == 2 for value in found):
-        changes = [value["model"] - value["against"] for value in found]
-        plot = difference_histogram(name, changes, better)
-    else:
-        values = {key: [v[key] for v in found if key in v] for key in metric["values"]}
-        plot = value_histogram(name, values)
-    return _capitalised(metric["label"]), Markup(plot)
+def _histograms(
+    metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
+) -> tuple[list[tuple[str, Markup]], list[str]]:
+    """(label, plot) of each metric, and the labels of those that changed in no picture.
+
+    The plot shows differences where pictures have two values, else the values.
+    """
+    plots, still = [], []
+    for metric in metrics:
+        name, label = metric["name"], _label(metric)
+        found = [sample["values"][name] for sample in samples if name in sample["values"]]
+        if not all(len(value) == 2 for value in found):
+            values = {key: [v[key] for v in found if key in v] for key in metric["values"]}
+            plots.append((label, Markup(value_histogram(name, values))))
+        elif any(value["model"] != value["against"] for value in found):
+            changes = [value["model"] - value["against"] for value in found]
+            plots.append((label, Markup(difference_histogram(name, changes, metric["better"]))))
+        else:
+            still.append(label)
+    return plots, still

@@ -44,7 +44,7 @@ def metric(name: str, kind: str, better: str | None, a: float, b: float | None, 
         values["against"] = around(b, half)
     return {
         "name": name,
-        "label": f"the {name}",
+        "label": f"the {name} (network of {name})",
         "about": f"What {name} says.",
         "kind": kind,
         "better": better,
@@ -322,6 +322,7 @@ def test_a_model_against_itself_has_neither_losses_nor_gains(parse: Parse) -> No
     check_whole(page)
     assert "Exactly equal: 3" in page.text
     assert "Clearly" not in page.text and "Greatest" not in page.text
+    assert "Equal in every picture: The alignment." in page.text
 
 
 def test_nothing_needs_a_display() -> None:
