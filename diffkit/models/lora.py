@@ -24,6 +24,7 @@ from diffkit.errors import UserError
 from diffkit.models.lora_file import LORA_FILE, find_lora, read_lora, write_lora
 from diffkit.models.lora_keys import LoraLayer, LoraWeights
 from diffkit.models.lora_layers import fit, inject, lora_layers, new_layer, plain_modules
+from diffkit.models.weights import read_header
 
 if TYPE_CHECKING:
     from diffkit.models.latent_diffusion import LatentDiffusion
@@ -111,12 +112,15 @@ def load_lora(
         The adapter's name.
 
     Raises:
-        UserError: no LoRA file, one that fits no layer (the message says what it looks like), or
-            with `strict` one of which keys are unexpected (they are named).
+        UserError: no LoRA file, one that fits no layer (the message says what it looks like), one
+            with kohya's keys for a family whose names of those are not known, or with `strict` one
+            of which keys are unexpected (they are named).
     """
     model.family.require("lora")
     path = find_lora(source)
     name = _check_name(model, name or _name_of(path))
+    if any(key.startswith(("lora_unet_", "lora_te")) for key in read_header(path).shapes):
+        model.family.require("kohya")
     weights = read_lora(path, model.family.denoiser, _layers_per_block(model))
     fitting, unexpected = fit(weights, _networks(model))
     if not fitting:

@@ -167,6 +167,15 @@ def test_a_lora_by_default_targets_loads_in_the_stock_pipeline(dev, tiny_folder,
     assert (images - ours(again, noise, guidance_scale=3.0)).abs().max() < 1e-5
 
 
+def test_a_lora_with_kohyas_keys_is_refused_by_name(schnell, tmp_path):
+    path = tmp_path / "kohya.safetensors"
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    parts = {"lora_down.weight": torch.zeros(2, 16), "lora_up.weight": torch.zeros(48, 2)}
+    save_safetensors(path, {f"{name}.{part}": value for part, value in parts.items()})
+    with pytest.raises(UserError, match="Flux models have no 'kohya' capability"):
+        load_lora(schnell, path)
+
+
 def recipes(model, **values):
     request = Request(prompts=("a cat", "a dog", "a sea"), steps=3, size="32x48")
     request = dataclasses.replace(request, model=model.source, **values)
