@@ -30,7 +30,7 @@ test-slow: venv
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow
 
 reproduce: venv
-	test -d .build/emoji/t2i-64 || $(BIN)/python scripts/build_assets/emoji.py --output .build/emoji
+	test -d .build/emoji/t2i-128 || $(BIN)/python scripts/build_assets/emoji.py --output .build/emoji
 	$(BIN)/python scripts/build_assets/gates.py
 	for script in scripts/reproduce/*.py; do \
 		$(BIN)/python $$script --jobs $(JOBS) --results outputs/reproduce || exit 1; \

@@ -66,9 +66,12 @@ class ModelCard:
             parts.append(f"## How it was made\n\n{self.objective}")
         if self.settings:
             parts.append(_table(("setting", "value"), self.settings))
-        parts.append("## Data\n\n" + (_lines(map(public_name, self.data)) or "None was used."))
+        if self.data:
+            names = "\n".join(f"- {public_name(name)}" for name in self.data)
+            parts.append(f"## Data\n\n{names}")
         parts.append(_table(("measured", "value"), self.metrics) if self.metrics else "")
-        licence = f"`{self.licence}`, that of the base model." if self.licence else _UNKNOWN_LICENCE
+        of_base = ", that of the base model" if self.base_model else ""
+        licence = f"`{self.licence}`{of_base}." if self.licence else _UNKNOWN_LICENCE
         parts.append(f"## Licence\n\n{licence}")
         return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -90,9 +93,10 @@ class ModelCard:
         return ModelCardData(**present).to_yaml()
 
     def _summary(self) -> str:
+        if not self.base_model:
+            return f"Diffusion model, written by diffkit {__version__}."
         kind = "LoRA adapter for" if self.relation == "adapter" else "Diffusion model made from"
-        base = public_name(self.base_model) or "networks built in memory"
-        return f"{kind} {base}, written by diffkit {__version__}."
+        return f"{kind} {public_name(self.base_model)}, written by diffkit {__version__}."
 
     def _usage(self) -> str:
         lines = ["from diffusers import DiffusionPipeline", ""]
@@ -189,10 +193,6 @@ def public_name(source: str) -> str:
     if source.startswith("hub:") or is_hub_id(name):
         return name
     return Path(name).expanduser().resolve().name if name else ""
-
-
-def _lines(items: Any) -> str:
-    return "\n".join(f"- {item}" for item in items)
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, object]) -> str:

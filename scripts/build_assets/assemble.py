@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", type=Path, default=Path(".build"))
     parser.add_argument("--model", type=Path, default=Path(".build/unet/model"))
-    parser.add_argument("--data", type=Path, default=Path(".build/emoji/t2i-64"))
+    parser.add_argument("--data", type=Path, default=Path(".build/emoji/t2i-128"))
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--guidance", type=float, required=True)
     parser.add_argument("--steps", type=int, default=25)

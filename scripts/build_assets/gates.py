@@ -165,7 +165,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--features", type=Path, default=Path("assets/features"))
-    parser.add_argument("--data", type=Path, default=Path(".build/emoji/t2i-64"))
+    parser.add_argument("--data", type=Path, default=Path(".build/emoji/t2i-128"))
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--steps", type=int, default=None, help="the model card's by default")
     parser.add_argument("--guidance", type=float, default=None, help="the model card's by default")
