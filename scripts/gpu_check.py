@@ -29,6 +29,10 @@ from bench import paired, synthetic
 
 from diffkit import cli
 from diffkit.errors import UserError
+from diffkit.evaluation.frechet import frechet_distance
+from diffkit.evaluation.kernel_distance import kernel_distance, subset_draws
+from diffkit.evaluation.moments import Moments
+from diffkit.evaluation.neighbours import neighbourhood
 from diffkit.files import read_json, read_jsonl, write_json
 from diffkit.models.denoiser import Denoiser, set_attention
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -193,12 +197,56 @@ def fsdp(setting: Setting) -> dict[str, Any]:
     return {"losses": losses, "largest_difference": difference}
 
 
+def statistics_of_sets(setting: Setting) -> dict[str, Any]:
+    """Distances of two sets of features at Inception's width: equal to the CPU's, and seconds."""
+    n, d = (5000, 2048) if setting.device == "cuda" else (200, 16)
+    real = normal((n, d), "gpu check", "real")
+    fake = normal((n, d), "gpu check", "fake") * 1.1 + 0.05
+    draws = subset_draws(n, n, 10, min(1000, n), 0)
+    calls: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
+        "frechet": lambda x, y: frechet_distance(Moments.of(x), Moments.of(y)),
+        "kernel": lambda x, y: kernel_distance(x, y, draws).mean,
+        "precision": lambda x, y: float(neighbourhood(x, y).precision.mean()),
+    }
+    rows = {}
+    for name, call in calls.items():
+        start = paired.synchronized_time()
+        here = call(real.to(setting.device), fake.to(setting.device))
+        seconds = paired.synchronized_time() - start
+        difference = abs(here - call(real, fake)) / max(abs(here), 1e-12)
+        rows[name] = {"value": here, "seconds": seconds, "relative_difference": difference}
+        if difference > 1e-6:
+            raise AssertionError(f"{name} on {setting.device} differs by {difference:.2e}")
+    return {"n": n, "d": d, "rows": rows}
+
+
+def evaluate(setting: Setting) -> dict[str, Any]:
+    """`diffkit evaluate` of the embedded model against itself: nothing differs; its cost."""
+    folder = setting.scratch / "evaluation"
+    count = 64 if setting.device == "cuda" else 4
+    words = ["evaluate", "embedded", "--against", "embedded", "--num", count, "--per-prompt", 2]
+    words += ["--steps", setting.steps, "--device", setting.device, "--output", folder]
+    if code := cli.main([str(word) for word in words]):
+        raise AssertionError(f"diffkit evaluate exited with {code}")
+    report = read_json(folder / "report.json")
+    wrong = [
+        metric["name"]
+        for metric in report["metrics"]
+        if metric["difference"] and metric["difference"]["value"] != 0
+    ]
+    if wrong:
+        raise AssertionError(f"a model differs from itself in {', '.join(wrong)}")
+    return {"pictures": count, "metrics": len(report["metrics"]), "cost": report["cost"]}
+
+
 SECTIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "generate": generate,
     "attention": attention,
     "training": training,
     "fsdp": fsdp,
     "compiled": compiled,
+    "statistics": statistics_of_sets,
+    "evaluate": evaluate,
 }
 
 

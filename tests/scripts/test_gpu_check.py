@@ -39,6 +39,20 @@ def test_generate_and_attention_write_their_results(
     assert read_json(tmp_path / "attention.json")["rows"]["classic"]["relative_difference"] == 0
 
 
+def test_statistics_write_their_result(setting: gpu_check.Setting, tmp_path: Path) -> None:
+    assert gpu_check.run_section("statistics", setting, tmp_path)
+    rows = read_json(tmp_path / "statistics.json")["rows"]
+    assert rows["frechet"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_evaluate_writes_its_result(setting: gpu_check.Setting, tmp_path: Path) -> None:
+    assert gpu_check.run_section("evaluate", setting, tmp_path), read_json(
+        tmp_path / "evaluate.json"
+    )
+    assert read_json(tmp_path / "evaluate.json")["metrics"] > 5
+
+
 def test_a_failing_section_leaves_a_result(
     setting: gpu_check.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
