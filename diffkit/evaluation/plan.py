@@ -66,8 +66,9 @@ def choose_prompts(request: EvaluationRequest) -> PromptPlan:
                 f"{per_prompt * len(known)} pictures, not {num}; give more prompts, lower --num, "
                 "or leave --per-prompt out."
             )
-        per_prompt = math.ceil(num / len(known))
-        wanted = math.ceil(num / per_prompt)
+        wanted = len(known)
+    if request.per_prompt is None:
+        per_prompt = math.ceil(num / wanted)
     return PromptPlan(pick(known, wanted, request.seed), per_prompt, num, source)
 
 

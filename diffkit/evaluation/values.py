@@ -18,8 +18,8 @@ from torch import Tensor
 
 from diffkit.console import progress
 from diffkit.errors import UserError
-from diffkit.evaluation.metrics.base import NETWORKS, SampleBatch, SampleMetric
-from diffkit.evaluation.metrics.tools import Toolbox
+from diffkit.evaluation.metrics.base import SampleBatch, SampleMetric
+from diffkit.evaluation.metrics.tools import NETWORKS, Toolbox
 from diffkit.evaluation.pictures import Batch, PictureSet
 from diffkit.files import append_jsonl, atomic_write, read_jsonl
 
