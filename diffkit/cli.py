@@ -29,9 +29,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "generate": Command("diffkit.commands.generate", "make pictures from prompts or pictures"),
-    "evaluate": Command(
-        "diffkit.commands.evaluate", "compare a model's pictures, with real ones too"
-    ),
+    "evaluate": Command("diffkit.commands.evaluate", "measure pictures, compare models"),
     "info": Command("diffkit.commands.info", "show a model's parts, sizes, schedule and cost"),
     "demo": Command("diffkit.commands.demo", "write one page that shows what diffkit does"),
     "data": Command("diffkit.commands.data", "look after a folder of training pictures"),

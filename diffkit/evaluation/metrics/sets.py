@@ -109,8 +109,11 @@ def _too_few(situation: Situation) -> str | None:
 
 
 def _no_repeats(situation: Situation) -> str | None:
-    if len(torch.unique(situation.groups)) == len(situation.groups):
+    repeated = int((torch.unique(situation.groups, return_counts=True)[1] > 1).sum())
+    if repeated == 0:
         return "every prompt has one picture; two of a prompt are needed"
+    if repeated == 1:
+        return "one prompt only has two pictures or more; an interval needs two such prompts"
     return None
 
 
