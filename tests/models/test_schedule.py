@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
@@ -17,7 +18,7 @@ from diffkit.errors import UserError
 from diffkit.models.schedule import Prediction, Schedule, convert
 from diffkit.randomness import normal
 
-KINDS = ("epsilon", "sample", "v_prediction", "velocity")
+KINDS = ("epsilon", "sample", "v_prediction", "velocity", "edm", "edm_v")
 # (alpha, sigma) of a DDPM table, a flow, and an EDM-like schedule with alpha = 1.
 COEFFICIENTS = ((0.8, 0.6), (0.3, 0.7), (1.0, 14.6))
 
@@ -36,19 +37,27 @@ def ddim(prediction_type="epsilon", **config):
 
 @pytest.mark.parametrize(("source", "target"), itertools.product(KINDS, KINDS))
 @pytest.mark.parametrize(("alpha", "sigma"), COEFFICIENTS)
-def test_every_ordered_pair_of_parametrisations(source, target, alpha, sigma):
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_every_ordered_pair_of_parametrisations(source, target, alpha, sigma, sigma_data):
     """Converting equals computing the target from the known x0 and eps, to 1e-10 in float64."""
     x0, eps = normal((3, 2, 4, 4), 1, "x0").double(), normal((3, 2, 4, 4), 1, "eps").double()
     a, s = torch.full((3,), alpha).double(), torch.full((3,), sigma).double()
     alpha, sigma = a[0], s[0]
+    z_t = alpha * x0 + sigma * eps
+    # EDM's definition of F at the noise level sigma / alpha: D = x0 = c_skip z + c_out F.
+    level = sigma / alpha
+    c_skip = sigma_data**2 / (level**2 + sigma_data**2)
+    c_out = level * sigma_data / (level**2 + sigma_data**2).sqrt()
+    inner = (x0 - c_skip * z_t / alpha) / c_out
     known = {
         "epsilon": eps,
         "sample": x0,
         "v_prediction": alpha * eps - sigma * x0,
         "velocity": eps - x0,
+        "edm": inner,
+        "edm_v": -inner,
     }
-    z_t = alpha * x0 + sigma * eps
-    found = convert(known[source], source, target, z_t, a, s)
+    found = convert(known[source], source, target, z_t, a, s, sigma_data)
     assert found.dtype == torch.float64
     assert (found - known[target]).abs().max() < 1e-10
 
@@ -173,7 +182,8 @@ class GaussianDenoiser:
         gain = alpha * self.covariance @ torch.linalg.inv(noisy)
         x0 = self.mean + (z_t - alpha * self.mean) @ gain.T
         kind = self.schedule.prediction_type
-        return convert(x0, "sample", kind, z_t, alpha.expand(len(z_t)), sigma.expand(len(z_t)))
+        levels = alpha.expand(len(z_t)), sigma.expand(len(z_t))
+        return convert(x0, "sample", kind, z_t, *levels, self.schedule.sigma_data)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +192,8 @@ class GaussianDenoiser:
         ddim("v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
         ddim("sample", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
         FlowMatchEulerDiscreteScheduler(shift=1.0),
+        EDMEulerScheduler(sigma_data=0.8),
+        EDMEulerScheduler(prediction_type="v_prediction", sigma_schedule="exponential"),
     ],
 )
 def test_sampling_reproduces_the_mean_and_covariance_of_gaussian_data(scheduler):
@@ -193,7 +205,8 @@ def test_sampling_reproduces_the_mean_and_covariance_of_gaussian_data(scheduler)
     half = normal((2000, 2), 6, "start").double()
     z = torch.cat([half, -half])
     z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / len(z))).T
-    for t, s in itertools.pairwise(schedule.sampling_timesteps(500)):
+    z = schedule.init_noise_sigma * z
+    for t, s in itertools.pairwise(schedule.sampling_timesteps(300)):
         prediction = schedule.prediction(denoiser.output(z, t), z, t)
         z = schedule.step(prediction, s)
     assert torch.allclose(z.mean(0), mean, atol=0.02)

@@ -23,12 +23,12 @@ from diffkit.objectives.denoising import (
 from diffkit.randomness import SampleKeys
 
 
-def make_batch(n=4, size=32, seed=0):
+def make_batch(n=4, size=32, seed=0, labels=None):
     keys = SampleKeys(seed, (0,) * n, tuple(range(n)))
     images = keys.uniform("test images", (3, size, size)) * 2 - 1
     sizes = [Sizes((size, size), (0, 0), (size, size))] * n
     captions = [f"picture {i}" for i in range(n)]
-    return Batch(keys, images, None, captions, None, None, sizes, captions, [{}] * n)
+    return Batch(keys, images, None, captions, None, labels, sizes, captions, [{}] * n)
 
 
 def rows(batch, part):
