@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import loss_weighting
 import pytest
 import torch
 from diffkit.assets import path
+from runner import ROOT
 from runner.experiment import Cell
 from runner.inputs import untrained_model
 from runner.scores import BINS, loss_by_time
@@ -87,7 +91,8 @@ def test_the_measures_of_a_known_model(data: Path) -> None:
     """The embedded model has seen these pictures' concepts: it scores far above chance."""
     scoring = {"samples": [1], "steps": 5, "guidance": 2.0, "loss_pictures": 4}
     values = loss_weighting.measure([path("model")], scoring, data)
-    assert values["n"] == [8]
+    rows = read_jsonl(data / "metadata.jsonl")
+    assert values["n"] == [len({(row["concept"], row["style"]) for row in rows})]
     assert values["concept"][0] >= 0.5
     assert len(values["loss_trained_by_time"][0]) == BINS
     assert values["loss_trained"] == values["loss_heldout"], "the two folders hold the same"
@@ -97,3 +102,51 @@ def test_the_measures_of_a_known_model(data: Path) -> None:
 def test_the_held_out_draws_are_the_same_for_every_call(data: Path) -> None:
     model = LatentDiffusion.load("embedded")
     assert loss_by_time(model, data, 4) == loss_by_time(model, data, 4)
+
+
+INTERRUPTIBLE = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import loss_weighting
+from runner.main import main
+
+settings = {**loss_weighting.SETTINGS, "stages": [2, 12], "batch_size": 4, "warmup_steps": 1}
+work, data = Path(sys.argv[1]), Path(sys.argv[2])
+experiment = replace(
+    loss_weighting.EXPERIMENT,
+    settings=settings,
+    work=work,
+    run=lambda cell: {"folders": len(loss_weighting.train(cell, data))},
+)
+words = ["--only", "min-SNR", "--seeds", "0", "--results", str(work / "results"), "--worker"]
+sys.exit(main(experiment, words))
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupted_arm_ends_with_the_same_bytes(tmp_path: Path, data: Path) -> None:
+    def start(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", INTERRUPTIBLE, str(tmp_path / name), str(data)]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "scripts" / "reproduce")])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    stopped = start("stopped")
+    assert stopped.stderr is not None
+    for line in stopped.stderr:
+        if line.startswith("going on after step 2"):
+            stopped.terminate()
+    assert stopped.wait() == 130
+    assert not (tmp_path / "stopped" / "results").exists()
+    for name in ("stopped", "whole"):
+        again = start(name)
+        _, said = again.communicate()
+        assert again.returncode == 0, said
+    weights = [
+        file.read_bytes()
+        for name in ("stopped", "whole")
+        for file in (tmp_path / name).glob("loss_weighting/*/run-12/unet/*.safetensors")
+    ]
+    assert len(weights) == 2
+    assert weights[0] == weights[1]

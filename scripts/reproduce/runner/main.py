@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ def main(experiment: Experiment, words: Sequence[str] | None = None) -> int:
     cells = experiment.cells(args.only or experiment.arms, args.seeds or experiment.seeds)
     try:
         if args.worker:
+            # Training catches it by itself; anything else ends as it does at Ctrl-C.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             return make(experiment, cells, results)
         code = 0
         if not args.report_only and any(cell.state(results) != "done" for cell in cells):
