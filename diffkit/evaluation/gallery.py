@@ -103,7 +103,7 @@ class Gallery:
     @property
     def large(self) -> bool:
         """Whether the first picture is shown as a thumbnail."""
-        return bool(self.samples) and self._pair(self.samples[0]).shots[0].file != ""
+        return self._pair(self.samples[0]).shots[0].file != ""
 
     def blocks(self) -> list[Block]:
         """The pictures side by side; one block a set where nothing pairs the sets."""
