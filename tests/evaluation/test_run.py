@@ -84,6 +84,31 @@ def test_both_sets_draw_the_same_prompts_from_the_same_seeds(tiny_sd: Path, tmp_
     assert names == ["sd (steps 1)", "sd (steps 2)"]
 
 
+def test_the_baseline_may_leave_out_what_both_are_given(tiny_sd: Path, tmp_path: Path) -> None:
+    from diffkit.models.latent_diffusion import LatentDiffusion
+    from diffkit.models.lora import add_lora, save_lora
+
+    model = LatentDiffusion.load(tiny_sd)
+    for parameter in add_lora(model, rank=2).values():
+        parameter.data.fill_(0.2)
+    save_lora(model, tmp_path / "lora", "default")
+    lora = f"{tmp_path / 'lora'}:0.5"
+    out, file = tmp_path / "out", prompts_file(tmp_path, 2)
+    words = (tiny_sd, "--against", tiny_sd, "--prompts", file, "--num", 2, "--output", out)
+    ours = ("--lora", lora, "--scheduler", "dpm++", "--guidance", 2)
+    theirs = ("--against-lora", "none", "--against-scheduler", "own", "--against-guidance", 3)
+    flags = ("--steps", 2, "--metrics", "high_frequency", "psnr")
+    assert evaluate(*words, *ours, *theirs, *flags) == 0
+    sets = report_of(out)["sets"]
+    assert sets["model"]["loras"] == [[str(tmp_path / "lora"), 0.5]]
+    assert sets["against"]["loras"] == []
+    assert (sets["model"]["guidance"], sets["against"]["guidance"]) == (2, 3)
+    assert sets["model"]["scheduler"] == "dpm++"
+    assert sets["against"]["scheduler"] == "DDIMScheduler"
+    assert sets["model"]["weights"] != sets["against"]["weights"]
+    assert "guidance" in sets["model"]["name"]
+
+
 # -- metrics and folders --------------------------------------------------------------------------
 
 
@@ -230,6 +255,22 @@ def test_killed_at_random_moments(tiny_sd: Path, real: Path, tmp_path: Path) -> 
             assert evaluate(*words) == 0
             break
     assert bare(out) == bare(tmp_path / "whole")
+
+
+# -- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_drawing(tiny_sd: Path, real: Path, tmp_path: Path) -> None:
+    from tests.training.test_processes import launch
+
+    out = tmp_path / "two"
+    words = ("-m", "diffkit.cli", "evaluate", *command(tiny_sd, real, out), "--device", "cpu")
+    codes, said = launch(2, words)
+    assert codes == [0, 0], said
+    assert evaluate(*command(tiny_sd, real, tmp_path / "one")) == 0
+    one, two = bare(tmp_path / "one"), bare(out)
+    assert one["metrics"] == two["metrics"]
 
 
 # -- the embedded model ---------------------------------------------------------------------------
