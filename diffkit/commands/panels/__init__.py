@@ -22,6 +22,7 @@ PANELS = (
     "diffkit.commands.panels.generation:grid",
     "diffkit.commands.panels.generation:guidance",
     "diffkit.commands.panels.generation:from_a_picture",
+    "diffkit.commands.panels.evaluation:few_steps",
     "diffkit.commands.panels.model:what_it_is",
 )
 
