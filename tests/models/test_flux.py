@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
+from diffkit.cli import main
 from diffkit.errors import UserError
 from diffkit.generation.engine import render, size_rule, takes_guidance
 from diffkit.generation.inpaint import takes_masks
 from diffkit.generation.plan import Request, plan
+from diffkit.generation.recipe import read_recipe
 from diffkit.generation.schedulers import scheduler_names
 from diffkit.models.families.flux import pack, unpack
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -231,6 +234,20 @@ def test_every_flow_sampler_makes_pictures_or_is_refused_by_name(dev, schnell, s
             assert scheduler != "flow-euler" and f"--scheduler {scheduler}" in str(error)
             continue
         assert torch.as_tensor(render(model, made, "pt")[0]).std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["flux", "flux-schnell"])
+def test_the_commands_know_it(tiny_folder, tmp_path, capsys, name):
+    words = ("--model", tiny_folder(name), "--size", 32, "--steps", 2, "--output", tmp_path / "out")
+    assert main(["generate", "a cat", *map(str, words), "--device", "cpu"]) == 0
+    recipe = read_recipe(tmp_path / "out" / "00000.png")
+    assert recipe.guidance == {"flux": 3.5, "flux-schnell": 1.0}[name]
+    capsys.readouterr()
+    assert main(["info", str(tiny_folder(name)), "--json", "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["family"], report["size"]) == ("Flux", "256x256")
+    assert ("guidance_embedding" in report["capabilities"]) == (name == "flux")
+    assert report["estimate"]["calls_a_step"] == 1
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

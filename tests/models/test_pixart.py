@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
+from diffkit.cli import main
 from diffkit.errors import UserError
 from diffkit.generation.engine import render
 from diffkit.generation.plan import Request, plan
+from diffkit.generation.recipe import read_recipe
 from diffkit.generation.schedulers import scheduler_names
 from diffkit.models.conditioner import Sizes
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -162,6 +165,20 @@ def test_generation_has_the_size_asked_for_and_does_not_depend_on_the_batch(mode
     assert alone.std() > 0.01 and (together[1] - alone).abs().max() < 1e-4
     other = recipes(model, negative="blue")[1:2]
     assert (torch.as_tensor(render(model, other, "pt")[0]) - alone).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands_know_it(tiny_folder, tmp_path, capsys, name):
+    words = ("--model", tiny_folder(name), "--size", 32, "--steps", 2, "--output", tmp_path / "out")
+    assert main(["generate", "a cat", *map(str, words), "--device", "cpu"]) == 0
+    assert read_recipe(tmp_path / "out" / "00000.png").guidance == 4.5
+    capsys.readouterr()
+    flags = ("--size", "32", "--json", "--device", "cpu")
+    assert main(["info", str(tiny_folder(name)), *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["family"].lower() == name
+    assert ("micro_conditioning" in report["capabilities"]) == (name == "pixart-alpha")
+    assert report["estimate"]["calls_a_step"] == 2
 
 
 @pytest.mark.parametrize("scheduler", scheduler_names("ddpm"))

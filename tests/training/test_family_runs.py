@@ -34,7 +34,8 @@ def test_a_flux_lora_with_pictures_on_the_way(command, tiny_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     pictures = ("--validation-prompts", prompts, "--validation-every", 2, "--validation-steps", 2)
-    assert command(*SHORT, *pictures, "--lora-rank", 2, model="flux") == 0
+    options = ("--lora-rank", 2, "--gradient-checkpointing")
+    assert command(*SHORT, *pictures, *options, model="flux") == 0
     assert list((tmp_path / "out").glob("samples/step-*.png"))
     pipeline = FluxPipeline.from_pretrained(tiny_folder("flux"))
     pipeline.load_lora_weights(tmp_path / "out" / "lora")
