@@ -16,12 +16,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -38,6 +39,7 @@ __all__ = ["Batch", "PictureSet", "to_float", "to_uint8"]
 
 _THREADS = 4
 _AHEAD = 1
+_WINDOW = 256  # files looked at between two results
 _SHOWN = 5  # bad pictures that are named before they are only counted
 
 
@@ -66,12 +68,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Look:
-    """What one look at a file told: pixels' (height, width), change marks, prompt or fault."""
+    """What one look at a file told: (height, width), bytes, time of change; prompt or fault."""
 
-    size: Size
-    bytes: int
-    mtime_ns: int
-    prompt: str | None
+    numbers: tuple[int, int, int, int] = (0, 0, 0, 0)
+    prompt: str | None = None
     fault: str | None = None
 
 
@@ -88,17 +88,23 @@ class PictureSet:
     """
 
     def __init__(
-        self, root: Path, names: Sequence[str], prompts: Sequence[str], looks: Sequence[_Look]
+        self,
+        root: Path,
+        names: Sequence[str],
+        prompts: Sequence[str],
+        numbers: npt.NDArray[np.int64],
+        size: Size | None,
+        skipped: Sequence[tuple[str, str]],
     ) -> None:
         self.root = root
         self.names = tuple(names)
         self.prompts = tuple(prompts)
-        self.sizes = np.array([look.size for look in looks], dtype=np.int32).reshape(-1, 2)
-        self.skipped: tuple[tuple[str, str], ...] = ()
-        self._marks = np.array(
-            [(look.bytes, look.mtime_ns) for look in looks], dtype=np.int64
-        ).reshape(-1, 2)
-        self._size: Size | None = None
+        self.sizes = numbers[:, :2].astype(np.int32)
+        if size is not None:
+            self.sizes[:] = size
+        self.skipped = tuple(skipped)
+        self._marks = np.ascontiguousarray(numbers[:, 2:])
+        self._size = size
 
     @classmethod
     def open(
@@ -117,18 +123,27 @@ class PictureSet:
         Raises `UserError` for a folder that is missing or holds no readable picture, and for one
         whose captions or metadata contradict its files.
         """
-        names, captions = _listing(Path(folder), num)
-        looks = _look_at_all(Path(folder), names)
-        kept = [i for i, look in enumerate(looks) if look.fault is None]
-        skipped = tuple((names[i], look.fault) for i, look in enumerate(looks) if look.fault)
-        _report(Path(folder), skipped, len(names))
-        prompts = _shared([looks[i].prompt or captions[i] for i in kept])
-        found = cls(Path(folder), [names[i] for i in kept], prompts, [looks[i] for i in kept])
-        found.skipped = skipped
-        found._size = size
-        if size is not None:
-            found.sizes[:] = size
-        return found
+        root = Path(folder)
+        names, prompts = _listing(root, num)
+        numbers = np.zeros((len(names), 4), dtype=np.int64)
+        faults: dict[int, str] = {}
+        for index, look in enumerate(_looks(root, names)):
+            numbers[index] = look.numbers
+            prompts[index] = look.prompt or prompts[index]
+            if look.fault is not None:
+                faults[index] = look.fault
+        skipped = [(names[index], fault) for index, fault in faults.items()]
+        _report(root, skipped, len(names))
+        kept = [index for index in range(len(names)) if index not in faults]
+        texts: dict[str, str] = {}  # one object for equal prompts: most have several pictures
+        return cls(
+            root,
+            [names[index] for index in kept],
+            [texts.setdefault(prompts[index], prompts[index]) for index in kept],
+            numbers[kept],
+            size,
+            skipped,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -210,8 +225,7 @@ class PictureSet:
         def begin(window: range, pool: Executor) -> Sequence[Future[Tensor]]:
             return [pool.submit(self.read, index) for index in window]
 
-        join = partial(list[Tensor])
-        pixels = prefetch(windows, begin, join, workers=_THREADS, ahead=_AHEAD)
+        pixels = prefetch(windows, begin, list[Tensor], workers=_THREADS, ahead=_AHEAD)
         for place, read in zip(places, pixels):
             yield from _by_size(range(place, place + len(read)), read)
 
@@ -240,23 +254,25 @@ def _listing(folder: Path, num: int | None) -> tuple[list[str], list[str]]:
     )
 
 
-def _look_at_all(root: Path, names: Sequence[str]) -> list[_Look]:
-    def look(name: str) -> _Look:
-        return _look(root / name)
+def _looks(root: Path, names: Sequence[str]) -> Iterator[_Look]:
+    """One look a name, in order. In windows: a future a picture would outweigh its features."""
+    windows = range(0, len(names), _WINDOW)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(look, names)
-        return list(progress(found, "looking at pictures", total=len(names)))
+    def begin(start: int, pool: Executor) -> Sequence[Future[_Look]]:
+        return [pool.submit(_look, root / name) for name in names[start : start + _WINDOW]]
+
+    ahead = prefetch(windows, begin, list[_Look], workers=_THREADS, ahead=_AHEAD)
+    yield from progress(chain.from_iterable(ahead), "looking at pictures", total=len(names))
 
 
 def _look(path: Path) -> _Look:
     try:
         status = path.stat()
-        rgb, size = decode(path)
+        rgb, (height, width) = decode(path)
         rgb.close()
     except (BadImage, OSError) as error:
-        return _Look((0, 0), 0, 0, None, str(error))
-    return _Look(size, status.st_size, status.st_mtime_ns, _prompt_inside(path))
+        return _Look(fault=str(error))
+    return _Look((height, width, status.st_size, status.st_mtime_ns), _prompt_inside(path))
 
 
 def _prompt_inside(path: Path) -> str | None:
@@ -272,12 +288,6 @@ def _prompt_inside(path: Path) -> str | None:
     except (json.JSONDecodeError, KeyError, TypeError):
         return None
     return prompt if isinstance(prompt, str) else None
-
-
-def _shared(texts: Sequence[str]) -> list[str]:
-    """The same texts with one object for equal ones: a prompt of many pictures is kept once."""
-    known: dict[str, str] = {}
-    return [known.setdefault(text, text) for text in texts]
 
 
 def _report(root: Path, skipped: Sequence[tuple[str, str]], total: int) -> None:

@@ -24,6 +24,8 @@ __all__ = ["Reference"]
 
 _KIND = "diffkit reference 1"
 _ROWS = 4096  # rows a write
+MOMENT_ROWS = 1024
+"""Rows that are float64 at a time; more would outweigh the features of a small set."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Reference:
     ) -> Reference:
         """The reference of `extractor`'s features (n, d); `resize` is their `PictureSet`'s."""
         rules = f"{resize}; {extractor.resize}"
-        moments = Moments.of(as_tensor(features))
+        moments = Moments.of(as_tensor(features), block=MOMENT_ROWS)
         return cls(features, moments, extractor.name, extractor.key, rules, source)
 
     def check(self, extractor: Extractor, resize: str) -> None:

@@ -143,5 +143,5 @@ def test_contradictions_are_refused(tmp_path):
 
 def test_the_shipped_sample():
     pictures = PictureSet.open(path("sample"))
-    assert len(pictures) == 128 and pictures.size == (64, 64)
+    assert len(pictures) >= 128 and pictures.size == (64, 64)
     assert pictures.prompts[0] == "watermelon, noto style, white background"

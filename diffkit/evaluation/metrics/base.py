@@ -16,7 +16,7 @@ from diffkit.evaluation.extractors import Extractor
 from diffkit.evaluation.metrics.tools import NETWORKS, Toolbox
 from diffkit.evaluation.moments import Moments
 from diffkit.evaluation.neighbours import Neighbourhood, neighbourhood
-from diffkit.evaluation.reference import Reference, as_tensor
+from diffkit.evaluation.reference import MOMENT_ROWS, Reference, as_tensor
 
 __all__ = [
     "Metric",
@@ -88,7 +88,7 @@ class SetData:
     @cached_property
     def moments(self) -> Moments:
         """Mean and covariance of the features."""
-        return Moments.of(self.rows)
+        return Moments.of(self.rows, block=MOMENT_ROWS)
 
     @cached_property
     def neighbours(self) -> Neighbourhood:

@@ -16,8 +16,8 @@ from diffkit.evaluation.pictures import PictureSet, to_float
 
 @pytest.fixture(scope="module")
 def sample():
-    """All 128 images, their captions, and the networks."""
-    pictures = PictureSet.open(path("sample"))
+    """128 images, sixteen concepts on eight backgrounds, their captions, and the networks."""
+    pictures = PictureSet.open(path("sample"), num=128)
     images = torch.cat([batch.images for batch in pictures.batches(64)])
     return images, pictures.prompts, Toolbox(prompts=pictures.prompts)
 
@@ -47,7 +47,7 @@ def test_the_own_prompt_is_found_among_128(sample):
 def test_concepts_styles_and_backgrounds_are_recognised(sample):
     """The pairs of concept and style are held out of the training of the classifier."""
     assert values("concept", sample).mean() > 0.9
-    assert values("style", sample).mean() > 0.7
+    assert values("style", sample).mean() > 0.6
     assert values("background", sample).mean() == 1
 
 
