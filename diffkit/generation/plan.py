@@ -221,6 +221,7 @@ def _size(request: Request, model: LatentDiffusion) -> Size:
     else:
         size = rule.native
     rule.check(size)
+    model.check_size(size.height, size.width)
     return size
 
 
