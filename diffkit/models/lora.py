@@ -24,6 +24,7 @@ from diffkit.errors import UserError
 from diffkit.models.lora_file import LORA_FILE, find_lora, read_lora, write_lora
 from diffkit.models.lora_keys import LoraLayer, LoraWeights
 from diffkit.models.lora_layers import fit, inject, lora_layers, new_layer, plain_modules
+from diffkit.models.model_card import ModelCard, write_model_card
 from diffkit.models.weights import read_header
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def remove_lora(model: LatentDiffusion) -> None:
 def save_lora(
     model: LatentDiffusion, folder: str | os.PathLike[str], name: str = "default"
 ) -> Path:
-    """Write an adapter to `folder/pytorch_lora_weights.safetensors`, atomically.
+    """Write an adapter to `folder/pytorch_lora_weights.safetensors` and its card, atomically.
 
     Stock `load_lora_weights(folder)` gives the same outputs. alpha / rank is multiplied into B, so
     that programs which know no alpha read the same adapter: it comes back with alpha = rank. The
@@ -202,6 +203,7 @@ def save_lora(
     """
     path = Path(folder) / LORA_FILE
     write_lora(path, lora_weights(model, name))
+    write_model_card(folder, ModelCard.of(model, relation="adapter"))
     return path
 
 
