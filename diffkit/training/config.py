@@ -117,8 +117,8 @@ class TrainConfig:
     """Steps from one set of validation pictures to the next."""
     validation_steps: int = 25
     """Sampling steps of a validation picture."""
-    validation_guidance: float = 5.0
-    """Guidance scale of validation pictures."""
+    validation_guidance: float | None = None
+    """Guidance scale of validation pictures; the model card's by default, else the family's."""
 
     push_to_hub: str | None = None
     """Upload the finished result to this hub repository, OWNER/NAME; that this can be done is found
@@ -191,8 +191,9 @@ class TrainConfig:
             if value is not None and not value > 0:
                 raise UserError(f"{name}: {value} is too small; it must be above 0.")
         for name in ("warmup_steps", "weight_decay", "validation_guidance"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name}: {getattr(self, name)} must not be negative.")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"{name}: {value} must not be negative.")
         for name in ("beta1", "beta2", "ema"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:

@@ -16,6 +16,7 @@ from diffkit.data.loader import TrainingData
 from diffkit.data.scan import require_captions
 from diffkit.data.stream import StreamedData
 from diffkit.errors import UserError
+from diffkit.generation.card import read_card
 from diffkit.models.classes import Classes
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.publish import check_destination
@@ -78,7 +79,7 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
             size=config.size or model.default_size,
             seed=config.seed,
             steps=config.validation_steps,
-            guidance_scale=config.validation_guidance,
+            guidance_scale=_validation_guidance(config, model),
             folder=folder.samples if main else None,
         )
     if main:
@@ -95,6 +96,12 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
     if config.cache_embeddings:
         model.conditioner.free()  # captions, validation prompts and the null are encoded
     return trainer.run()
+
+
+def _validation_guidance(config: TrainConfig, model: LatentDiffusion) -> float:
+    if config.validation_guidance is not None:
+        return config.validation_guidance
+    return read_card(config.model).guidance(model.family.guidance_scale)
 
 
 def build_model(config: TrainConfig) -> LatentDiffusion:
