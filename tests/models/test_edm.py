@@ -12,6 +12,7 @@ from diffusers import (
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    LDMPipeline,
 )
 
 from diffkit.errors import UserError
@@ -22,7 +23,7 @@ from diffkit.objectives.denoising import DenoisingConfig, DenoisingObjective, de
 from diffkit.randomness import normal
 from tests.models.test_families import PROMPTS, ours, stock
 from tests.objectives.test_denoising import losses, make_batch
-from tests.tiny_labels import unet2d
+from tests.tiny_labels import unet2d, vqvae
 
 CONFIGS = [
     {},
@@ -197,3 +198,22 @@ def test_options_of_other_kinds_are_refused(tiny_folder, tiny_sd):
         DenoisingObjective(model, DenoisingConfig(density="uniform"))
     with pytest.raises(UserError, match="log_mean, log_std: are for EDM"):
         DenoisingObjective(LatentDiffusion.load(tiny_sd), DenoisingConfig(log_mean=0.0))
+
+
+def test_a_latent_unet_equals_the_stock_pipeline(tmp_path):
+    """`LDMPipeline` scales noise and inputs; `DDPMPipeline` does not, so for pixels none is stock."""
+    torch.manual_seed(0)
+    parts = {"vqvae": vqvae(), "unet": unet2d(), "scheduler": EDMEulerScheduler(sigma_data=1.0)}
+    LDMPipeline(**parts).save_pretrained(tmp_path / "m")
+    model = LatentDiffusion.load(tmp_path / "m")
+    pipeline = model.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    made = pipeline(2, generator=seeds, num_inference_steps=4, output_type="np").images
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    noise = torch.stack([torch.randn(model.latent_shape(32, 32), generator=g) for g in seeds])
+    latents = sample(model.denoiser, noise, model.conditioner.encode(["", ""]), steps=4)
+    with torch.no_grad():
+        images = (model.codec.decode(latents) / 2 + 0.5).clamp(0, 1)
+    assert images.std() > 0.02
+    assert (images - torch.as_tensor(made).permute(0, 3, 1, 2)).abs().max() < 1e-4

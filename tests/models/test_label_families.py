@@ -14,6 +14,7 @@ from diffkit.models.classes import Classes, parse_names
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.lora import add_lora
 from diffkit.models.sampling import sample
+from diffkit.models.skeleton import skeleton
 from diffkit.randomness import normal
 from tests.tiny_labels import CLASSES, NAMES
 
@@ -236,3 +237,13 @@ def test_sizes_are_multiples_of_what_the_network_halves(tiny_folder):
     assert sample(pixel.denoiser, normal((1, 3, 18, 22), 0), cond, steps=1).shape[-2:] == (18, 22)
     with pytest.raises(UserError, match="multiples of 2"):
         pixel.latent_shape(17, 32)
+
+
+def test_names_in_the_index_count_too(tiny_folder, tmp_path):
+    """diffusers itself writes there what a pipeline's config holds."""
+    pipeline = LatentDiffusion.load(tiny_folder("pixel-class")).pipeline()
+    pipeline.register_to_config(id2label={"1": "hen"}, null_class=CLASSES)
+    pipeline.save_pretrained(tmp_path / "m")
+    expected = Classes(CLASSES, CLASSES, {1: "hen"})
+    assert LatentDiffusion.load(tmp_path / "m").conditioner.classes == expected
+    assert skeleton(str(tmp_path / "m")).conditioner.classes == expected
