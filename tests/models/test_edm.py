@@ -201,7 +201,7 @@ def test_options_of_other_kinds_are_refused(tiny_folder, tiny_sd):
 
 
 def test_a_latent_unet_equals_the_stock_pipeline(tmp_path):
-    """`LDMPipeline` scales noise and inputs; `DDPMPipeline` does not, so for pixels none is stock."""
+    """`LDMPipeline` scales noise and inputs, `DDPMPipeline` neither: pixels have no stock way."""
     torch.manual_seed(0)
     parts = {"vqvae": vqvae(), "unet": unet2d(), "scheduler": EDMEulerScheduler(sigma_data=1.0)}
     LDMPipeline(**parts).save_pretrained(tmp_path / "m")
