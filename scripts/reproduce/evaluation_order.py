@@ -42,7 +42,7 @@ LABELS = {
 EXPECTED = {"half-against-tenth": 1, "whole-against-half": 1, "itself": 0, "four-steps": -1}
 """Whether the model is better than its baseline (1), as good (0), or worse (-1)."""
 
-SETTINGS: dict[str, Any] = {"data": "t2i-64", "num": 256, "steps": 25, "guidance": 2.0}
+SETTINGS: dict[str, Any] = {"data": "t2i-64", "num": 128, "steps": 25, "guidance": 2.0}
 SCORING: dict[str, Any] = {
     "assets": asset_digests("features", "scorer"),
     "metrics": ["frechet", "kernel", "alignment", "concept"],
