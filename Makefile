@@ -39,6 +39,8 @@ reproduce: venv
 bench: venv
 	mkdir -p outputs/bench
 	$(BIN)/python scripts/bench/training.py --output outputs/bench
+	$(BIN)/python scripts/bench/generation.py --output outputs/bench
+	$(BIN)/python scripts/bench/evaluation.py --output outputs/bench
 
 lint: venv
 	$(BIN)/ruff check .

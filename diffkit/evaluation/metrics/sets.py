@@ -175,17 +175,19 @@ COVERAGE = SetMetric(
 DIVERSITY = SetMetric(
     "diversity",
     "distance within a prompt",
-    "higher",
+    None,
     frozenset({"features", "prompts"}),
-    "How different the pictures of one prompt are from each other.",
+    "How different the pictures of one prompt are from each other. More is better only where the "
+    "pictures are as good: noise and faults raise it too.",
     refuse=_no_repeats,
     run=diversity,
 )
 VENDI = SetMetric(
     "vendi",
     "Vendi score",
-    "higher",
+    None,
     frozenset({"features"}),
-    "The effective number of different pictures in the set, between 1 and their number.",
+    "The effective number of different pictures in the set, between 1 and their number. More is "
+    "better only where the pictures are as good.",
     run=vendi,
 )
