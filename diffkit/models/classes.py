@@ -79,8 +79,9 @@ class Classes:
         if not known:
             return f"{numbers}; this model stores no names."
         close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-        some = close or list(known)[:3]
-        return f"{'Nearest' if close else 'There are'}: {', '.join(some)}. {numbers}."
+        found = dict.fromkeys(known[name] for name in close or list(known)[:6])
+        some = ", ".join(f"{number} ({self.name(number)})" for number in found)
+        return f"{'Nearest' if close else 'There are'}: {some}. {numbers}."
 
     def numbers(self, prompts: Sequence[str]) -> list[int]:
         """`number` of every prompt."""

@@ -129,7 +129,7 @@ def test_a_learned_variance_is_read_by_no_sampler(tiny_folder: Folder) -> None:
         ("pixel", (), {"guidance": 3.0}, "--guidance 3: unconditional pixel U-Net models"),
         ("pixel-class-no-null", ("0",), {"guidance": 3.0}, "without a null class"),
         ("pixel-class", (), {}, "this model has 4: black cat, golden"),
-        ("pixel-class", ("red fax",), {}, "Nearest: red fox"),
+        ("pixel-class", ("red fax",), {}, "Nearest: 2 .red fox."),
         ("dit", ("1000",), {}, "numbers from 0 to 999"),
         ("dit", ("0",), {"negative": "x"}, "--negative: .* read no text"),
         ("dit", ("0",), {"size": "32x64"}, "square"),

@@ -198,7 +198,7 @@ def test_a_class_is_meant_by_name_or_number():
     classes = Classes(3, 3, {0: "tench, Tinca tinca", 2: "7"})
     words = ["Tinca tinca", " TENCH ", "tench, tinca tinca", "1", "7", "", "2"]
     assert classes.numbers(words) == [0, 0, 0, 1, 2, 3, 2]
-    with pytest.raises(UserError, match="'tensh': no such class. Nearest: tench"):
+    with pytest.raises(UserError, match="'tensh': no such class. Nearest: 0 .tench, Tinca tinca."):
         classes.number("tensh")
     for text in ("3", "-1", "1.5", "zebra"):
         with pytest.raises(UserError, match="numbers from 0 to 2"):
