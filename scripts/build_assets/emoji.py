@@ -67,8 +67,12 @@ class IconifySet:
         return key in self.names
 
     def render(self, key: str) -> NDArray[np.uint8]:
-        """One picture, shape (64, 64, 4)."""
-        name, flip = self.names[key], False
+        """The picture of some code points, shape (64, 64, 4)."""
+        return self.render_icon(self.names[key])
+
+    def render_icon(self, name: str) -> NDArray[np.uint8]:
+        """One picture by its name in the package, shape (64, 64, 4)."""
+        flip = False
         while name in self.data.get("aliases", {}):
             alias = self.data["aliases"][name]
             name, flip = alias["parent"], flip != alias.get("hFlip", False)

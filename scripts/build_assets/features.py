@@ -1,8 +1,10 @@
 """Train the feature network of the embedded model: concept and style of a picture.
 
-    OMP_NUM_THREADS=1 python scripts/build_assets/features.py --minutes 70
+    OMP_NUM_THREADS=1 python scripts/build_assets/features.py --output .build/features1
+    OMP_NUM_THREADS=1 python scripts/build_assets/features.py --start .build/features1 --minutes 40
 
-The same command resumes after an interruption. Writes the network and `metrics.json` to
+The first command learns from the four styles alone, the second goes on with the further drawings
+too. The same command resumes after an interruption. Writes the network and `metrics.json` to
 `--output`; training state lies beside it, in `OUTPUT-state`.
 """
 
@@ -12,181 +14,136 @@ import argparse
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from captions import heldout_pairs, read_concepts
-from common import BACKGROUNDS, SIZE, STYLES, read_json
+from augmentation import PALETTE, Augmentation, backgrounds
+from autoencoder import Muon
+from common import SIZE, STYLES
+from drawings import NEAR, Drawings
 from torch import Tensor, nn
 
 from diffkit.files import write_json
 from diffkit.models.feature_network import FeatureNetwork, FeatureNetworkConfig
 
-SHIPPED_WEIGHT = 4
-SMALL_SHARE = 0.3
-"""Share of the time that is spent on pictures of half the size, at four times the speed."""
 SAVE_EVERY_SECONDS = 60.0
-PALETTE = torch.tensor(list(BACKGROUNDS.values())) / 255
-COLOURS = tuple(BACKGROUNDS)
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """How far pictures are moved and recoloured; probabilities and half-ranges."""
+class Stage:
+    """One of the two trainings.
 
-    flip: float
-    degrees: float
-    scale: tuple[float, float]
-    shift: float
-    colour: float
-    blur: float
-    noise: float
+    Arguments:
+        edges: the edge of the pictures until a share of the time; small ones are cheap.
+        mosaics: the share of the pictures that are mosaics, which teach the style alone.
+        further: whether the further drawings take part, which teach the concept alone.
+        muon: peak rate of Muon for the convolutions, or 0 to train all with AdamW.
+        adam: peak rate of AdamW.
+    """
 
-
-STRONG = Augmentation(0.4, 15.0, (0.75, 1.2), 0.12, 0.3, 0.2, 0.03)
-GRAY = 0.08
-MOSAICS = 1 / 3
-
-
-class Pictures:
-    """All rendered pictures, and which (concept, style) pairs may be trained on."""
-
-    def __init__(self, emoji: Path) -> None:
-        rgba = torch.from_numpy(np.load(emoji / "rgba.npy"))
-        self.concepts: list[dict[str, Any]] = read_json(emoji / "concepts.json")
-        alpha = rgba[..., 3:].float() / 255
-        premultiplied = torch.cat([(rgba[..., :3] * alpha).round(), rgba[..., 3:].float()], -1)
-        self.rgba = premultiplied.to(torch.uint8).permute(0, 1, 4, 2, 3).contiguous()
-        position = {concept["id"]: index for index, concept in enumerate(self.concepts)}
-        self.heldout = torch.zeros(len(self.concepts), len(STYLES), dtype=torch.bool)
-        self.words = read_concepts()
-        for concept, style in heldout_pairs(list(self.words)):
-            self.heldout[position[concept], STYLES.index(style)] = True
-        self.shipped = torch.tensor([position[concept] for concept in self.words])
-
-    def weights(self) -> Tensor:
-        """How often each pair is drawn (C * S,): zero held out, more for shipped concepts."""
-        weights = torch.ones(self.heldout.shape)
-        weights[self.shipped] = SHIPPED_WEIGHT
-        weights[self.heldout] = 0
-        return weights.flatten()
-
-    def draw(
-        self, pairs: Tensor, background: Tensor, how: Augmentation, generator: torch.Generator
-    ) -> Tensor:
-        """Augmented pictures (B, 3, 64, 64) in [-1, 1] of flat pair numbers over backgrounds.
-
-        Arguments:
-            pairs: int64 (B,), concept * S + style.
-            background: colours in [0, 1], (B, 3, 1, 1) or (B, 3, 64, 64).
-        """
-        rgba = self.rgba.flatten(0, 1)[pairs].float() / 255
-        grid = F.affine_grid(affine(len(pairs), how, generator), list(rgba.shape), False)
-        rgba = F.grid_sample(rgba, grid, align_corners=False)
-        colour = recolour(rgba[:, :3], rgba[:, 3:], how.colour, generator)
-        images = colour + (1 - rgba[:, 3:]) * background
-        return degrade(images, how, generator).clamp(0, 1) * 2 - 1
-
-    def plain(self, pairs: Tensor, colours: Tensor) -> Tensor:
-        """Pictures (B, 3, 64, 64) in [-1, 1] as the data set holds them, over palette colours."""
-        rgba = self.rgba.flatten(0, 1)[pairs].float() / 255
-        return (rgba[:, :3] + (1 - rgba[:, 3:]) * PALETTE[colours][..., None, None]) * 2 - 1
+    edges: tuple[tuple[float, int], ...]
+    augmentation: Augmentation
+    mosaics: float
+    further: bool
+    muon: float
+    adam: float
 
 
-def uniform(shape: tuple[int, ...], low: float, high: float, g: torch.Generator) -> Tensor:
-    """Uniform numbers in [low, high)."""
-    return low + (high - low) * torch.rand(shape, generator=g)
+FIRST = Stage(
+    ((0.3, 32), (1.0, SIZE)),
+    Augmentation(0.4, 15.0, (0.75, 1.2), 0.12, 0.3, 0.2, 0.03),
+    mosaics=1 / 3,
+    further=False,
+    muon=0.0,
+    adam=3e-3,
+)
+SECOND = Stage(
+    ((0.5, 48), (1.0, SIZE)),
+    Augmentation(0.4, 15.0, (0.75, 1.2), 0.12, 0.35, 0.2, 0.03, shear=0.15, erase=0.2),
+    mosaics=0.2,
+    further=True,
+    muon=0.02,
+    adam=1e-3,
+)
 
 
-def affine(count: int, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Matrices (B, 2, 3) for `affine_grid`; one picture in five stays where it is."""
-    angle = uniform((count,), -how.degrees, how.degrees, generator) * math.pi / 180
-    scale = uniform((count,), *how.scale, generator)
-    mirror = 1 - 2 * (torch.rand(count, generator=generator) < how.flip).float()
-    shift = uniform((count, 2), -how.shift, how.shift, generator) * 2
-    still = torch.rand(count, generator=generator) < 0.2
-    angle, scale = angle.masked_fill(still, 0), scale.masked_fill(still, 1)
-    mirror, shift = mirror.masked_fill(still, 1), shift.masked_fill(still[:, None], 0)
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    rows = torch.stack(
-        [torch.stack([cos * mirror, -sin], -1), torch.stack([sin * mirror, cos], -1)], 1
-    )
-    return torch.cat([rows, shift[..., None]], -1)
+class Unit(Muon):
+    """Muon that keeps each weight at the Frobenius norm of its square root of rows.
+
+    Batch normalisation follows these convolutions, so that their scale means nothing, and the
+    rate alone says how far a step turns them.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every weight."""
+        super().step()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.mul_(len(weight) ** 0.5 / weight.norm())
 
 
-def recolour(colour: Tensor, alpha: Tensor, strength: float, g: torch.Generator) -> Tensor:
-    """Random contrast, saturation and tint of premultiplied colours (B, 3, H, W)."""
-    if strength == 0:
-        return colour
-    count = len(colour)
-    shape = (count, 1, 1, 1)
-    gray = colour.mean(1, keepdim=True)
-    saturation = uniform(shape, 1 - strength, 1 + strength, g)
-    gain = uniform(shape, 1 - strength, 1 + strength, g)
-    tint = uniform((count, 3, 1, 1), -strength / 3, strength / 3, g)
-    saturation = saturation.masked_fill(torch.rand(shape, generator=g) < GRAY, 0)
-    changed = (gray + (colour - gray) * saturation) * gain + tint * alpha
-    kept = torch.rand(shape, generator=g) < 0.3
-    return torch.where(kept, colour, changed.clamp_min(0).minimum(alpha))
+def optimizers_for(network: FeatureNetwork, stage: Stage) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the convolutions that a normalisation follows and AdamW for all else."""
+    turned = [
+        weight
+        for name, weight in network.named_parameters()
+        if stage.muon and weight.ndim == 4 and "shortcut" not in name
+    ]
+    chosen = {id(weight) for weight in turned}
+    rest = [weight for weight in network.parameters() if id(weight) not in chosen]
+    muon: list[torch.optim.Optimizer] = [Unit(turned, lr=stage.muon)] if turned else []
+    return [*muon, adamw(rest, stage.adam)]
 
 
-def degrade(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Blur the first share of the batch by resizing, and add noise to another share."""
-    blurred = int(len(images) * how.blur)
-    size = int(torch.randint(32, 56, (1,), generator=generator))
-    small = F.interpolate(images[:blurred], size, mode="bilinear", antialias=True)
-    back = F.interpolate(small, images.shape[-1], mode="bilinear")
-    images = torch.cat([back, images[blurred:]])
-    level = uniform((len(images), 1, 1, 1), -how.noise, how.noise, generator).clamp_min(0)
-    return images + level * torch.randn(images.shape, generator=generator)
-
-
-def backgrounds(count: int, generator: torch.Generator) -> Tensor:
-    """Palette colours, any colours and gradients, (B, 3, 64, 64) in [0, 1]."""
-    palette = PALETTE[torch.randint(len(PALETTE), (count,), generator=generator)]
-    anything = torch.rand(count, 3, generator=generator)
-    named = torch.rand(count, 1, generator=generator) < 0.6
-    first = torch.where(named, palette, anything)[..., None, None]
-    first = first + 0.03 * torch.randn(first.shape, generator=generator)
-    second = torch.rand(count, 3, 1, 1, generator=generator)
-    direction = uniform((count, 2, 1, 1), -1, 1, generator)
-    line = torch.linspace(-0.5, 0.5, 64)
-    ramp = (0.5 + direction[:, :1] * line[:, None] + direction[:, 1:] * line).clamp(0, 1)
-    graded = (torch.rand(count, 1, 1, 1, generator=generator) < 0.25).float()
-    return first + graded * ramp * (second - first)
+def adamw(parameters: list[nn.Parameter], peak: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices and kernels only."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
 
 
 def train_step(
     network: FeatureNetwork,
-    pictures: Pictures,
+    drawings: Drawings,
     weights: Tensor,
+    stage: Stage,
     shape: tuple[int, int],
     g: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of concept (smoothed) and style on one random batch, and the accuracy.
 
     Arguments:
-        shape: number of pictures, and the edge they are shrunk to.
+        shape: number of pictures, and their edge.
     """
     count, edge = shape
-    pairs = torch.multinomial(weights, count, replacement=True, generator=g)
-    images = pictures.draw(pairs, backgrounds(count, g), STRONG, g)
-    if edge < SIZE:
-        images = F.interpolate(images, edge, mode="bilinear", antialias=True)
-    concept, style = pairs // len(STYLES), pairs % len(STYLES)
-    whole = round(count * (1 - MOSAICS))
+    mixed = round(count * stage.mosaics)
+    whole = count - mixed
+    styled = weights * (drawings.style >= 0)
+    rows = torch.cat(
+        [
+            torch.multinomial(weights, whole, replacement=True, generator=g),
+            torch.multinomial(styled, mixed, replacement=True, generator=g),
+        ]
+    )
+    images = drawings.draw(rows, backgrounds(count, edge, g), stage.augmentation, g, edge)
+    concept, style = drawings.concept[rows[:whole]], drawings.style[rows]
     tail, order = style[whole:].sort()
     images = torch.cat([images[:whole], mosaics(images[whole:][order], tail)])
     pooled = network.trunk.pooled(images.contiguous(memory_format=torch.channels_last))
     logits = network.heads(pooled)
     named = logits["concept"][:whole]
-    loss = F.cross_entropy(named, concept[:whole], label_smoothing=0.1)
-    loss = loss + F.cross_entropy(logits["style"], torch.cat([style[:whole], tail]))
-    return loss, (named.argmax(-1) == concept[:whole]).float().mean()
+    loss = F.cross_entropy(named, concept, label_smoothing=0.1)
+    target = torch.cat([style[:whole], tail])
+    loss = loss + F.cross_entropy(logits["style"], target, ignore_index=-1)
+    return loss, (named.argmax(-1) == concept).float().mean()
 
 
 def mosaics(images: Tensor, style: Tensor) -> Tensor:
@@ -217,41 +174,107 @@ def share(right: Tensor) -> float:
     return round(right.float().mean().item(), 4)
 
 
+def interval(right: Tensor, size: int) -> list[float]:
+    """95 % bootstrap interval of the mean of booleans, which are drawn in blocks of `size`."""
+    g = torch.Generator().manual_seed(0)
+    blocks = right.float().view(-1, size).mean(-1)
+    picks = torch.randint(len(blocks), (RESAMPLES, len(blocks)), generator=g)
+    ends = blocks[picks].mean(-1).quantile(torch.tensor([0.025, 0.975]))
+    return [round(end, 4) for end in ends.tolist()]
+
+
 @torch.no_grad()
-def evaluate(network: FeatureNetwork, pictures: Pictures) -> dict[str, Any]:
-    """Accuracy on the held-out pictures over every palette colour, and on pictures seen."""
-    network.eval()
-    held = pictures.heldout.flatten().nonzero()[:, 0]
-    seen = pictures.weights().nonzero()[:, 0]
-    result: dict[str, Any] = {}
-    for name, pairs in (("heldout", held), ("seen", seen)):
-        repeat = len(PALETTE) if name == "heldout" else 1
-        pairs = pairs.repeat_interleave(repeat)
-        colours = torch.arange(len(pairs)) % len(PALETTE)
-        parts = [
-            network.classify(pictures.plain(p, c))
-            for p, c in zip(pairs.split(256), colours.split(256), strict=True)
-        ]
-        concept = torch.cat([part["concept"] for part in parts])
-        style = torch.cat([part["style"] for part in parts])
-        truth = pairs // len(STYLES)
-        result[name] = {
-            "n": len(pairs),
-            "pairs": len(pairs) // repeat,
-            "concept_top1": share(concept.argmax(-1) == truth),
-            "concept_top5": share((concept.topk(5).indices == truth[:, None]).any(-1)),
-            "style_top1": share(style.argmax(-1) == pairs % len(STYLES)),
+def scores(
+    network: FeatureNetwork, drawings: Drawings, rows: Tensor, colours: Tensor
+) -> dict[str, Any]:
+    """Accuracies on the drawings `rows`, each over all palette colours `colours` (K,).
+
+    Intervals are of 95 %, by drawing. `among_shipped` chooses among the shipped concepts alone.
+    """
+    every = rows.repeat_interleave(len(colours))
+    over = colours.repeat(len(rows))
+    parts = [
+        network.classify(drawings.plain(r, c))
+        for r, c in zip(every.split(256), over.split(256), strict=True)
+    ]
+    concept = torch.cat([part["concept"] for part in parts])
+    truth, style = drawings.concept[every], drawings.style[every]
+    right = concept.argmax(-1) == truth
+    shipped = torch.isin(truth, drawings.shipped)
+    among = drawings.shipped[concept[:, drawings.shipped].argmax(-1)] == truth
+    result: dict[str, Any] = {
+        "n": len(every),
+        "pairs": len(rows),
+        "concept_top1": share(right),
+        "concept_top1_interval": interval(right, len(colours)),
+        "concept_top5": share((concept.topk(5).indices == truth[:, None]).any(-1)),
+        "shipped_pairs": int(shipped.sum()) // len(colours),
+        "concept_top1_of_shipped": share(right[shipped]),
+        "concept_top1_among_shipped": share(among[shipped]),
+        "concept_top1_among_shipped_interval": interval(among[shipped], len(colours)),
+    }
+    if bool((style >= 0).all()):
+        drawn = torch.cat([part["style"] for part in parts]).argmax(-1)
+        result["style_top1"] = share(drawn == style)
+        result["concept_top1_by_style"] = {
+            name: share(right[style == index]) for index, name in enumerate(STYLES)
         }
-        if name == "heldout":
-            shipped = concept[:, pictures.shipped].argmax(-1)
-            result[name]["concept_top1_among_shipped"] = share(pictures.shipped[shipped] == truth)
+    return result
+
+
+@torch.no_grad()
+def spread(network: FeatureNetwork, drawings: Drawings) -> dict[str, float]:
+    """How many dimensions the features of the four styles' pictures fill.
+
+    With the eigenvalues l of their covariance: (sum l)^2 / sum l^2, exp of the entropy of l / sum
+    l, and how many of the largest hold 99 % of the sum.
+    """
+    rows = torch.arange(drawings.heldout.numel())
+    colours = rows % len(PALETTE)
+    parts = [
+        network.features(drawings.plain(r, c)).double()
+        for r, c in zip(rows.split(256), colours.split(256), strict=True)
+    ]
+    values = torch.linalg.eigvalsh(torch.cat(parts).T.cov()).flip(0).clamp_min(0)
+    p = values / values.sum()
+    return {
+        "size": len(p),
+        "participation_ratio": round(1 / p.square().sum().item(), 1),
+        "effective_rank": round(p.mul(-1).mul(p.clamp_min(1e-12).log()).sum().exp().item(), 1),
+        "for_99_percent": int((p.cumsum(0) < 0.99).sum()) + 1,
+    }
+
+
+def evaluate(network: FeatureNetwork, drawings: Drawings) -> dict[str, Any]:
+    """Scores on the held-out drawings over every palette colour, and on one colour of those seen.
+
+    `heldout` are the pairs that no network of the model saw, `further` the held-out drawings of
+    other artists, `larger` both, and `larger_without_near_copies` those of `larger` whose nearest
+    trained drawing of the same concept is not a near-copy.
+    """
+    network.eval()
+    colours = torch.arange(len(PALETTE))
+    larger = drawings.tested.nonzero()[:, 0]
+    held = drawings.style[larger] >= 0
+    apart = drawings.nearest >= NEAR
+    seen = ((drawings.style >= 0) & ~drawings.tested).nonzero()[:, 0]
+    result: dict[str, Any] = {
+        "heldout": scores(network, drawings, larger[held], colours),
+        "heldout_without_near_copies": scores(network, drawings, larger[held & apart], colours),
+        "further": scores(network, drawings, larger[~held], colours),
+        "larger": scores(network, drawings, larger, colours),
+        "larger_without_near_copies": scores(network, drawings, larger[apart], colours),
+        "seen": scores(network, drawings, seen, colours[:1]),
+        "features": spread(network, drawings),
+        "drawings": int((~drawings.left_out).sum()),
+    }
     network.train()
     return result
 
 
-def rate(progress: float, step: int, peak: float) -> float:
-    """Cosine learning rate over the time budget, after 200 warm-up steps."""
-    return peak * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+def rate(progress: float, step: int) -> float:
+    """Cosine learning rate over the time budget, after 200 warm-up steps; 1 at its peak."""
+    return min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -275,38 +298,40 @@ class Budget:
         return self.elapsed / (60 * self.minutes)
 
 
-def optimizer_for(modules: nn.Module, decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices and kernels only."""
-    parameters = list(modules.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
-
-
 def train(
-    modules: nn.Module, step: Any, budget: Budget, state: Path, peak: float, seed: int
+    modules: nn.Module,
+    step: Callable[[torch.Generator], tuple[Tensor, Tensor]],
+    budget: Budget,
+    state: Path,
+    optimizers: list[torch.optim.Optimizer],
+    seed: int,
 ) -> None:
-    """Minimise `step(generator)[0]` until the budget is spent; resumes from `state`."""
-    optimizer = optimizer_for(modules, 0.05)
+    """Minimise `step(generator)[0]` until the budget is spent; resumes from `state`.
+
+    The rates that the optimizers come with are their peaks.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     generator = torch.Generator().manual_seed(seed)
     if state.exists():
         saved = torch.load(state, weights_only=True)
         modules.load_state_dict(saved["modules"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         generator.set_state(saved["generator"])
         budget.elapsed, budget.step = saved["elapsed"], saved["step"]
     modules.train()
     last_save, clock = budget.elapsed, time.process_time()
     while budget.progress < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate(budget.progress, budget.step, peak)
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * rate(budget.progress, budget.step)
         loss, accuracy = step(generator)
-        optimizer.zero_grad()
+        modules.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 5.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         now = time.process_time()
         budget.elapsed, clock, budget.step = budget.elapsed + now - clock, now, budget.step + 1
         if budget.step % 50 == 0:
@@ -317,9 +342,13 @@ def train(
             )
         if budget.elapsed - last_save > SAVE_EVERY_SECONDS or budget.progress >= 1:
             last_save = budget.elapsed
-            parts = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict()}
             counts = {"elapsed": budget.elapsed, "step": budget.step}
-            save_state(state, {**parts, **counts, "generator": generator.get_state()})
+            parts = {
+                "modules": modules.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "generator": generator.get_state(),
+            }
+            save_state(state, {**parts, **counts})
 
 
 def flags(description: str | None, output: str, minutes: float) -> argparse.ArgumentParser:
@@ -334,22 +363,27 @@ def flags(description: str | None, output: str, minutes: float) -> argparse.Argu
 
 
 def main() -> None:
-    args = flags(__doc__, ".build/features", 70.0).parse_args()
+    parser = flags(__doc__, ".build/features", 70.0)
+    parser.add_argument("--start", type=Path, help="a first network: go on with more drawings")
+    args = parser.parse_args()
     torch.manual_seed(args.seed + 1)
-    pictures = Pictures(args.emoji)
-    names = tuple(concept["name"] for concept in pictures.concepts)
+    drawings = Drawings(args.emoji)
+    names = tuple(concept["name"] for concept in drawings.concepts)
+    stage = SECOND if args.start else FIRST
     network = FeatureNetwork(FeatureNetworkConfig(names, STYLES))
+    if args.start:
+        network = FeatureNetwork.load(args.start)
     network.to(memory_format=torch.channels_last)
-    weights, budget = pictures.weights(), Budget(args.minutes)
+    weights, budget = drawings.concept_weights(stage.further), Budget(args.minutes)
 
     def step(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        edge = SIZE if budget.progress > SMALL_SHARE else SIZE // 2
-        return train_step(network, pictures, weights, (args.batch, edge), generator)
+        edge = next(edge for until, edge in stage.edges if budget.progress < until)
+        return train_step(network, drawings, weights, stage, (args.batch, edge), generator)
 
     state = args.output.with_name(args.output.name + "-state") / "state.pt"
-    train(network, step, budget, state, 3e-3, args.seed)
+    train(network, step, budget, state, optimizers_for(network, stage), args.seed)
     network.save(args.output, overwrite=True)
-    result = evaluate(FeatureNetwork.load(args.output), pictures)
+    result = evaluate(FeatureNetwork.load(args.output), drawings)
     result |= {"seed": args.seed, "seconds": round(budget.elapsed), "steps": budget.step}
     result |= {"batch": args.batch, "classes": len(names), "threads": torch.get_num_threads()}
     write_json(args.output / "metrics.json", result)

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from augmentation import PALETTE, Augmentation
 from common import BACKGROUNDS, SIZE, STYLES
-from features import PALETTE, Augmentation, Budget, Pictures, flags, share, train
+from drawings import Pictures
+from features import Budget, adamw, flags, share, train
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -366,7 +368,8 @@ def main() -> None:
         players.scorer.text_encoder.requires_grad_(False)
         players.text_heads.requires_grad_(False)
         state = args.output.with_name(args.output.name + "-refined-state") / "state.pt"
-    train(players, step, budget, state, 2e-3, args.seed + args.refine)
+    optimizers = [adamw(list(players.parameters()), 2e-3)]
+    train(players, step, budget, state, optimizers, args.seed + args.refine)
     players.scorer.save(args.output, overwrite=True)
     result = evaluate(TextImageScorer.load(args.output), pictures)
     result |= {"seed": args.seed, "seconds": round(budget.elapsed), "steps": budget.step}
