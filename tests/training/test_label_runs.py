@@ -107,13 +107,14 @@ def test_what_cannot_be_trained_is_refused_by_name(command, classes, pictures, t
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("0\n")
     dropout = ("--denoising.condition-dropout", "0.5")
+    guided = ("--validation-prompts", prompts, "--validation-guidance", 3)
     cases = [
         (("--lora-rank", 2), "pixel-class", classes, "class-conditional pixel U-Net .* 'lora'"),
         (dropout, "pixel-class-no-null", classes, "no null class"),
         (("--cache-embeddings",), "pixel-class", classes, "read no captions"),
         (("--max-aspect", 2), "dit", classes, "max_aspect: class-conditional DiT"),
         ((), "pixel-class", pictures, "the pictures have no classes"),
-        (("--validation-prompts", prompts), "pixel-class-no-null", classes, "guidance scale is 1"),
+        (guided, "pixel-class-no-null", classes, "guidance scale is 1"),
     ]
     for flags, model, data, message in cases:
         assert command(*flags, model=model, data=data) == 2
