@@ -25,7 +25,7 @@ from diffkit.generation.run import picture_name
 if TYPE_CHECKING:
     from diffkit.models.latent_diffusion import LatentDiffusion
 
-__all__ = ["PAIRING_NOTES", "Entrant", "names_of", "open_entrants", "pair"]
+__all__ = ["PAIRING_NOTES", "Entrant", "common_size", "names_of", "open_entrants", "pair"]
 
 PAIRING_NOTES: Mapping[Pairing, str] = {
     "noises": "paired: the same prompts and noises",
@@ -133,6 +133,12 @@ def open_entrants(request: EvaluationRequest, prompts: PromptPlan) -> dict[str, 
         if len(entrant) < 2:
             raise UserError(f"{entrant.side.source}: has one picture only; nothing can be said.")
     return found
+
+
+def common_size(entrants: Mapping[str, Entrant]) -> tuple[int, int] | None:
+    """(height, width) that all pictures of all sets share; None when they differ."""
+    distinct = np.unique(np.concatenate([entrant.sizes for entrant in entrants.values()]), axis=0)
+    return (int(distinct[0, 0]), int(distinct[0, 1])) if len(distinct) == 1 else None
 
 
 def _of_folder(side: Side, num: int | None) -> Entrant:

@@ -29,12 +29,20 @@ __all__ = ["Bench", "Measured", "RealPictures", "situations"]
 class RealPictures:
     """What `--data` gives: a folder of pictures, or the statistics of one.
 
+    A photograph of 4000 pixels and a drawn picture of 512 differ in detail whatever they show, so
+    real pictures are brought to `size` first, as training does it.
+
+    Arguments:
+        place: the folder or file, None for no real pictures.
+        size: (height, width) of the compared sets, where that is one; None leaves pictures as
+            they are.
+
     Raises `UserError` for a folder without pictures, or a file that is no reference.
     """
 
-    def __init__(self, place: Path | None) -> None:
+    def __init__(self, place: Path | None, size: tuple[int, int] | None = None) -> None:
         self.folder = place if place is not None and place.is_dir() else None
-        self.pictures = None if self.folder is None else PictureSet.open(self.folder)
+        self.pictures = None if self.folder is None else PictureSet.open(self.folder, size=size)
         of_file = place is not None and self.folder is None
         self._saved = Reference.load(place) if of_file and place is not None else None
 
@@ -185,7 +193,9 @@ class Bench:
         if len(set(counts.values())) > 1:
             notes.append(f"the baseline has {counts['against']} pictures")
         network = metric.network(self.extractor, self.tools)
-        rules = (self.sets["model"].resize, metric.resize(self.extractor, self.tools))
+        rules = [self.sets["model"].resize, metric.resize(self.extractor, self.tools)]
+        if "reference" in metric.needs and self.real.pictures is not None:
+            rules.append(f"real {self.real.pictures.resize}")
         return {
             "name": metric.name,
             "label": metric.title(self.extractor, self.tools),

@@ -35,7 +35,7 @@ from diffkit.data.records import Size
 from diffkit.errors import RunFailed, UserError
 from diffkit.generation.recipe import RECIPE_KEY
 
-__all__ = ["Batch", "PictureSet", "to_float", "to_uint8"]
+__all__ = ["Batch", "PictureSet", "resize_rule", "to_float", "to_uint8"]
 
 _THREADS = 4
 _AHEAD = 1
@@ -73,6 +73,14 @@ class _Look:
     numbers: tuple[int, int, int, int] = (0, 0, 0, 0)
     prompt: str | None = None
     fault: str | None = None
+
+
+def resize_rule(size: Size | None) -> str:
+    """What `PictureSet.open(..., size=size)` does to pictures, in words for a report."""
+    if size is None:
+        return "pictures at their own size"
+    height, width = size
+    return f"pictures scaled to cover {width}x{height} (Lanczos), middle cropped"
 
 
 class PictureSet:
@@ -173,10 +181,7 @@ class PictureSet:
     @property
     def resize(self) -> str:
         """How pictures are brought to the size that the networks get, for the report."""
-        if self._size is None:
-            return "pictures at their own size"
-        height, width = self._size
-        return f"pictures scaled to cover {width}x{height} (Lanczos), middle cropped"
+        return resize_rule(self._size)
 
     def path(self, index: int) -> Path:
         """The file of picture `index`."""

@@ -12,13 +12,14 @@ import torch
 from diffkit.console import say
 from diffkit.errors import RunFailed, UserError
 from diffkit.evaluation.costs import measure_costs
-from diffkit.evaluation.entrants import open_entrants, pair
+from diffkit.evaluation.entrants import common_size, open_entrants, pair
 from diffkit.evaluation.extractors import load_extractor
 from diffkit.evaluation.folder import EvaluationFolder
 from diffkit.evaluation.latency import Subject
 from diffkit.evaluation.measure import Bench, RealPictures, situations
 from diffkit.evaluation.metrics.tools import Toolbox
 from diffkit.evaluation.page import write_page
+from diffkit.evaluation.pictures import resize_rule
 from diffkit.evaluation.plan import PromptPlan, choose_prompts
 from diffkit.evaluation.report import head, sample_rows, set_facts
 from diffkit.evaluation.request import EvaluationRequest, stamp
@@ -117,7 +118,8 @@ class _Work:
         self.request, self.selection = request, selection
         self.prompts, self.folder = prompts, folder
         self.entrants = open_entrants(request, prompts)
-        self.real = RealPictures(request.data)
+        size = common_size(self.entrants)
+        self.real = RealPictures(request.data, size)
         self.pairing, self.unpaired = pair(self.entrants)
         texts = [text for entrant in self.entrants.values() for text in entrant.prompts]
         self.tools = Toolbox(
@@ -129,8 +131,7 @@ class _Work:
         self.extractor = None
         if any("features" in metric.needs for metric in self.chosen.metrics):
             self.extractor = load_extractor(request.extractor, request.device)
-            resize = "pictures at their own size"
-            self.real.check(self.extractor, resize)
+            self.real.check(self.extractor, resize_rule(size))
 
     def draw(self, processes: Processes) -> None:
         """Make the pictures that are missing, one model on the device at a time."""

@@ -72,6 +72,8 @@ def test_every_number_says_what_it_is_of(alone: Path, real: Path) -> None:
         for value in row["values"].values():
             assert value["low"] <= value["high"]
     rows = rows_of(report)
+    assert "real pictures scaled to cover 32x32" in rows["frechet"]["resize"]
+    assert "real" not in rows["alignment"]["resize"]
     assert rows["frechet"]["label"] == "Fréchet distance (diffkit feature network)"
     assert (rows["frechet"]["n_reference"], rows["alignment"]["n_reference"]) == (12, None)
     assert set(report["spectra"]["sets"]) == {"model", "against", "reference"}
