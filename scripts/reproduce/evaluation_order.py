@@ -42,12 +42,19 @@ LABELS = {
 EXPECTED = {"half-against-tenth": 1, "whole-against-half": 1, "itself": 0, "four-steps": -1}
 """Whether the model is better than its baseline (1), as good (0), or worse (-1)."""
 
-SETTINGS: dict[str, Any] = {"data": "t2i-64", "num": 128, "steps": 25, "guidance": 2.0}
+SETTINGS: dict[str, Any] = {"data": "t2i-64", "num": 96, "steps": 25, "guidance": 2.0}
 SCORING: dict[str, Any] = {
     "assets": asset_digests("features", "scorer"),
-    "metrics": ["frechet", "kernel", "alignment", "concept"],
+    "metrics": ["frechet", "kernel", "precision", "density", "alignment", "concept"],
 }
-FORMS = {"frechet": ".2f", "kernel": ".4f", "alignment": ".3f", "concept": ".1%"}
+FORMS = {
+    "frechet": ".2f",
+    "kernel": ".4f",
+    "precision": ".3f",
+    "density": ".3f",
+    "alignment": ".3f",
+    "concept": ".1%",
+}
 
 
 def command(cell: Cell, folders: dict[int, str], data: str) -> list[str]:
