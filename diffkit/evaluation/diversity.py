@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffkit.errors import UserError
 
-__all__ = ["vendi_score", "within_group_distance"]
+__all__ = ["unit_rows", "vendi_score", "within_group_distance"]
 
 
 def within_group_distance(features: Tensor, groups: Tensor) -> Tensor:
@@ -56,16 +56,17 @@ def vendi_score(features: Tensor, weights: Tensor | None = None, block: int = 40
         weights = torch.ones(n, device=features.device)
     shares = weights.double() / weights.sum()
     if n <= width:
-        rows = _unit(features) * shares.sqrt()[:, None]
+        rows = unit_rows(features) * shares.sqrt()[:, None]
         matrix = rows @ rows.T
     else:
         matrix = torch.zeros(width, width, dtype=torch.float64, device=features.device)
         for rows, share in zip(features.split(block), shares.split(block)):
-            unit = _unit(rows)
+            unit = unit_rows(rows)
             matrix += unit.T @ (unit * share[:, None])
     values = torch.linalg.eigvalsh(matrix).clamp(min=0)
     return float(torch.special.entr(values).sum().exp())
 
 
-def _unit(rows: Tensor) -> Tensor:
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows (n, d) scaled to length 1, float64."""
     return torch.nn.functional.normalize(rows.double(), dim=1)

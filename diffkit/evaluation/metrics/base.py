@@ -227,12 +227,3 @@ class SetMetric(_Common):
 
 
 Metric = SampleMetric | SetMetric
-
-
-def per_row(statistic: Callable[[Tensor], float]) -> WeightedStatistic:
-    """The vectorised form of a statistic of one row of weights (n,)."""
-
-    def of_weights(weights: Tensor) -> Tensor:
-        return torch.tensor([statistic(row) for row in weights], dtype=torch.float64)
-
-    return of_weights

@@ -111,7 +111,7 @@ def _unnamed(kind: str, known: Callable[[Situation], Sequence[str]]) -> Refusal:
 
 CONCEPT = SampleMetric(
     "concept",
-    "concept of the caption recognised",
+    "concept recognised",
     "higher",
     frozenset({"prompts", "classifier"}),
     "Share of pictures in which a classifier sees the caption's concept among those of the run.",
@@ -120,7 +120,7 @@ CONCEPT = SampleMetric(
 )
 STYLE = SampleMetric(
     "style",
-    "style of the caption recognised",
+    "style recognised",
     "higher",
     frozenset({"prompts", "classifier"}),
     "Share of pictures in which a classifier sees the caption's style among those of the run.",
@@ -129,7 +129,7 @@ STYLE = SampleMetric(
 )
 BACKGROUND = SampleMetric(
     "background",
-    "background colour of the caption",
+    "background colour recognised",
     "higher",
     frozenset({"prompts"}),
     "Share of pictures whose corners have the colour that the caption names, of eight.",

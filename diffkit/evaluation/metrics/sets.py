@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffkit.evaluation.diversity import vendi_score, within_group_distance
+from diffkit.evaluation.diversity import within_group_distance
 from diffkit.evaluation.frechet import frechet_distance
 from diffkit.evaluation.kernel_distance import (
     kernel_distance,
     kernel_distance_weighted,
     subset_draws,
 )
-from diffkit.evaluation.metrics.base import SetData, SetMetric, Situation, Statistic, per_row
-from diffkit.evaluation.moments import Moments
+from diffkit.evaluation.metrics.base import SetData, SetMetric, Situation, Statistic
 from diffkit.evaluation.reference import as_tensor
+from diffkit.evaluation.resampled import resampled_frechet, resampled_vendi
 
 __all__ = [
     "COVERAGE",
@@ -37,11 +37,8 @@ _REAL = frozenset({"features", "reference"})
 def frechet(data: SetData) -> Statistic:
     """Frechet distance of the set and the reference."""
     real = data.real.moments
-
-    def resampled(weights: Tensor) -> float:
-        return frechet_distance(Moments.of(data.rows, weights), real)
-
-    return Statistic(frechet_distance(data.moments, real), of_weights=per_row(resampled))
+    resampled, note = resampled_frechet(data.rows, data.moments, real)
+    return Statistic(frechet_distance(data.moments, real), of_weights=resampled, note=note)
 
 
 def kernel(data: SetData) -> Statistic:
@@ -75,12 +72,12 @@ def density(data: SetData) -> Statistic:
 
 def recall(data: SetData) -> Statistic:
     """Share of real pictures inside the neighbourhoods of the set's."""
-    return Statistic.mean(data.neighbours.recall, "reference", _NEAREST)
+    return Statistic.mean(data.neighbours.recall, "reference", _OVER_REAL)
 
 
 def coverage(data: SetData) -> Statistic:
     """Share of real pictures whose neighbourhood holds a picture of the set."""
-    return Statistic.mean(data.neighbours.coverage, "reference", _NEAREST)
+    return Statistic.mean(data.neighbours.coverage, "reference", _OVER_REAL)
 
 
 def diversity(data: SetData) -> Statistic:
@@ -91,20 +88,24 @@ def diversity(data: SetData) -> Statistic:
 
 def vendi(data: SetData) -> Statistic:
     """Effective number of different pictures."""
-
-    def resampled(weights: Tensor) -> float:
-        return vendi_score(data.rows, weights)
-
-    return Statistic(vendi_score(data.rows), of_weights=per_row(resampled))
+    value, resampled, note = resampled_vendi(data.rows)
+    return Statistic(value, of_weights=resampled, note=note)
 
 
 _NEAREST = f"{NEIGHBOURS} nearest neighbours"
+_OVER_REAL = f"{_NEAREST}; interval over the real pictures, the drawn ones held fixed"
 
 
 def _too_few(situation: Situation) -> str | None:
     least = min(len(situation.groups), situation.n_reference)
     if least <= NEIGHBOURS:
         return f"{NEIGHBOURS} neighbours need more than {NEIGHBOURS} pictures in each set"
+    return None
+
+
+def _too_few_real(situation: Situation) -> str | None:
+    if situation.n_reference < 2:
+        return "the reference has one picture; two or more are needed"
     return None
 
 
@@ -125,6 +126,7 @@ FRECHET = SetMetric(
     "How far the set as a whole is from the real pictures; it falls with the number of pictures, "
     "so only equal numbers compare.",
     inception_label="FID",
+    refuse=_too_few_real,
     run=frechet,
 )
 KERNEL = SetMetric(
@@ -134,6 +136,7 @@ KERNEL = SetMetric(
     _REAL,
     "How far the set as a whole is from the real pictures, without a bias for small sets.",
     inception_label="KID",
+    refuse=_too_few_real,
     run=kernel,
 )
 PRECISION = SetMetric(

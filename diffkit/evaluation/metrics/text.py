@@ -50,7 +50,7 @@ ALIGNMENT = SampleMetric(
 )
 RETRIEVAL = SampleMetric(
     "retrieval",
-    "prompt found among the run's prompts",
+    "own prompt found (top 1)",
     "higher",
     _NEEDS,
     "Share of pictures whose own prompt fits them better than every other prompt of the run.",
