@@ -78,8 +78,8 @@ def main(config: DemoConfig) -> int:
 
     start = time.perf_counter()
     device = choose_device(config.device)
-    card = read_card(config.model)
     model = LatentDiffusion.load(config.model, device=device)
+    card = read_card(config.model).filled(model.family)
     prompts = card.example_prompts or EXAMPLE_PROMPTS
     made: list[Panel] = []
     with tempfile.TemporaryDirectory(prefix="diffkit-demo-") as scratch:

@@ -62,10 +62,11 @@ class GenerateConfig:
     """Pictures at once in each process; halved where the GPU's memory does not suffice."""
 
     steps: int | None = None
-    """Denoising steps; default the model card's, else 25."""
+    """Denoising steps; default the model card's, else 25, for Flux-schnell 4."""
 
     guidance: float | None = None
-    """Guidance scale; default the model card's, else the family's (SD 7.5, SDXL 5, SD3 7)."""
+    """Guidance scale; default the model card's, else the family's: SD 7.5, SDXL 5, SD3 7, Flux-dev
+    3.5, PixArt 4.5, DiT 4, U-Nets with a null class 2; Flux-schnell and all others none."""
 
     scheduler: str | None = None
     """Sampler: ddim, ddpm, dpm++, dpm++-sde, euler, euler-a, heun, lcm, pndm, unipc; for flow

@@ -38,7 +38,8 @@ class InfoConfig:
     """Pictures at once, for the memory estimate."""
 
     steps: int | None = None
-    """Denoising steps, for the time estimate; default the model card's, else 25."""
+    """Denoising steps, for the time estimate; default the model card's, else 25, for Flux-schnell
+    4."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the networks, for the estimates."""
@@ -77,9 +78,9 @@ def main(config: InfoConfig) -> int:
     size = size or rule.native
     rule.check(size)
     cost = model_cost(model, size.width, size.height)
-    card = read_card(config.model)
+    card = read_card(config.model, config.revision).filled(model.family)
     report = describe(model, card, size, cost)
-    steps = config.steps or card.steps
+    steps = config.steps or report["defaults"]["steps"]
     rates = measure_rates(device, dtype)
     # The scale that is an input of the network costs no second call.
     scale = report["defaults"]["guidance_scale"]
@@ -91,7 +92,7 @@ def main(config: InfoConfig) -> int:
 
 
 def describe(model: LatentDiffusion, card: Card, size: Size, cost: ModelCost) -> dict[str, Any]:
-    """Everything that the configs say of a model, as JSON-ready values."""
+    """Everything that the configs say of a model, as JSON-ready values; `card` is filled."""
     pipeline, schedule = model.pipeline(), model.schedule
     networks, classes = model.networks, model.conditioner.classes
     components = [
@@ -120,7 +121,7 @@ def describe(model: LatentDiffusion, card: Card, size: Size, cost: ModelCost) ->
         "latent": {"channels": model.codec.channels, "factor": model.codec.factor},
         "defaults": {
             "steps": card.steps,
-            "guidance_scale": card.guidance(model.family.guidance_scale),
+            "guidance_scale": card.guidance_scale,
         },
         "size": str(size),
         "macs": {

@@ -108,7 +108,7 @@ def _class_prompts(source: str) -> list[str]:
     classes = skeleton(source).conditioner.classes
     if classes is None:
         return []
-    return [classes.name(number) for number in range(classes.count)] or [""]
+    return [classes.prompt(number) for number in range(classes.count)] or [""]
 
 
 def _distinct(prompts: Sequence[str]) -> list[str]:

@@ -5,13 +5,17 @@ The same file names the classes of a model that has any: see `diffkit.models.cla
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffkit.errors import UserError
 from diffkit.files import read_json
-from diffkit.models.classes import CARD_NAME, CLASS_KEYS
-from diffkit.models.loading import resolve
+from diffkit.models.classes import CARD_NAME, CLASS_KEYS, hub_file
+from diffkit.models.loading import is_hub_id, resolve
+
+if TYPE_CHECKING:
+    from diffkit.models.families import Family
 
 __all__ = ["CARD_NAME", "Card", "read_card"]
 
@@ -22,27 +26,38 @@ class Card:
 
     Attributes:
         guidance_scale: diffusers' convention; None leaves it to the model family.
-        steps: of its own scheduler.
+        steps: of its own scheduler; None leaves them to the model family.
         example_prompts: captions that it can draw, for the demo page.
     """
 
     guidance_scale: float | None = None
-    steps: int = 25
+    steps: int | None = None
     example_prompts: tuple[str, ...] = ()
 
     def guidance(self, usual: float) -> float:
         """The card's guidance scale, else `usual`, the model family's."""
         return usual if self.guidance_scale is None else self.guidance_scale
 
+    def step_count(self, usual: int) -> int:
+        """The card's number of steps, else `usual`, the model family's."""
+        return usual if self.steps is None else self.steps
 
-def read_card(source: str) -> Card:
-    """The card in the model folder `source` (or "embedded"); the plain `Card()` where none is.
+    def filled(self, family: Family) -> Card:
+        """The same with the family's defaults where the card says nothing."""
+        scale, steps = self.guidance(family.guidance_scale), self.step_count(family.steps)
+        return replace(self, guidance_scale=scale, steps=steps)
+
+
+def read_card(source: str, revision: str | None = None) -> Card:
+    """The card of "embedded", a model folder or a hub id; the plain `Card()` where none is.
 
     Raises:
-        UserError: the file is not JSON, or has an unknown key.
+        UserError: the file is not JSON, has an unknown key, or the hub cannot be asked for it.
     """
-    path = Path(resolve(source)) / CARD_NAME
-    if not path.is_file():
+    path: Path | None = Path(resolve(source)).expanduser() / CARD_NAME
+    if is_hub_id(source):
+        path = hub_file(source, CARD_NAME, revision)
+    if path is None or not path.is_file():
         return Card()
     values = {k: v for k, v in read_json(path).items() if k not in CLASS_KEYS}
     known = [field.name for field in fields(Card)]

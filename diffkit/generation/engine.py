@@ -96,12 +96,15 @@ def takes_guidance(model: LatentDiffusion) -> bool:
 
 
 def weights_digest(model: LatentDiffusion) -> str:
-    """Digest of everything loaded that decides pixels: networks, LoRAs, the scheduler's config."""
+    """Digest of everything loaded that decides pixels: networks, LoRAs, the scheduler's config, and
+    what the family does to prompts with the packages that are installed."""
     parts = [fingerprint_module(part, name) for name, part in sorted(model.networks.items())]
     scheduler = model.pipeline().scheduler
     parts.append(type(scheduler).__name__ + describe_config(scheduler.config))
     if model.conditioner.classes is not None:
         parts.append(describe_config(model.conditioner.classes.stored()))
+    if rules := model.family.prompt_rules():
+        parts.append(rules)
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from diffkit import __version__
 from diffkit.console import warn
 from diffkit.errors import UserError
-from diffkit.files import sha256
+from diffkit.files import read_json, sha256
 from diffkit.generation.card import read_card
 from diffkit.generation.engine import check_strength, size_rule, takes_guidance, weights_digest
 from diffkit.generation.inpaint import takes_masks
 from diffkit.generation.pictures import Size, area_size, parse_size, read_mask, read_picture
 from diffkit.generation.recipe import Recipe, differing_keys
 from diffkit.generation.schedulers import swap_scheduler
+from diffkit.models.classes import hub_file
 from diffkit.models.families import family_of
-from diffkit.models.loading import EMBEDDED, read_index, resolve
+from diffkit.models.loading import EMBEDDED, is_hub_id, read_index, resolve
 
 if TYPE_CHECKING:
     from diffkit.models.classes import Classes
@@ -124,8 +125,8 @@ def plan(request: Request, model: LatentDiffusion) -> list[Recipe]:
         UserError: the request does not fit this model; see the message.
     """
     request.check()
-    card = read_card(request.model)
-    steps = request.steps or card.steps
+    card = read_card(request.model, model.revision)
+    steps = request.steps or card.step_count(model.family.steps)
     guidance = request.guidance
     if guidance is None:
         guidance = card.guidance(model.family.guidance_scale)
@@ -182,11 +183,16 @@ def plan(request: Request, model: LatentDiffusion) -> list[Recipe]:
 
 
 def _may_lack_prompts(source: str) -> bool:
-    """True for the folder of a model without text: only the loaded model knows its classes."""
+    """True for a folder or hub id without text: only the loaded model knows its classes."""
+    if is_hub_id(source):
+        index = hub_file(source, "model_index.json", None)
+        return index is not None and not _reads_text(read_json(index))
     folder = Path(resolve(source)).expanduser()
-    if not (folder / "model_index.json").is_file():
-        return False
-    return not family_of(read_index(folder)["_class_name"]).text_components
+    return (folder / "model_index.json").is_file() and not _reads_text(read_index(folder))
+
+
+def _reads_text(index: Mapping[str, Any]) -> bool:
+    return bool(family_of(index["_class_name"]).text_components)
 
 
 def _no_prompt(classes: Classes) -> tuple[str, ...]:

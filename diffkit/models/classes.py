@@ -16,13 +16,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from diffkit.errors import UserError
 from diffkit.files import read_json
 
-__all__ = ["CARD_NAME", "CLASS_KEYS", "Classes", "parse_names", "read_stored"]
+__all__ = ["CARD_NAME", "CLASS_KEYS", "Classes", "hub_file", "parse_names", "read_stored"]
 
 CARD_NAME = "diffkit.json"
 CLASS_KEYS = ("id2label", "null_class")
@@ -46,10 +47,19 @@ class Classes:
         """The name of a class; its number where it has none."""
         return self.names.get(number, str(number))
 
+    def prompt(self, number: int) -> str:
+        """What `number` turns back into this class: its name, its number where that is not so.
+
+        In ImageNet two classes are called "crane".
+        """
+        name = self.name(number)
+        return name if self._known.get(name.strip().lower()) == [number] else str(number)
+
     def number(self, text: str) -> int:
         """The class that a person means: a name, one of several names, or a number.
 
-        Case does not count. "" is the null class. Raises `UserError` naming the nearest names.
+        Case does not count, and a whole name wins over one of several. "" is the null class.
+        Raises `UserError` naming the nearest names, or the classes that share this one.
         """
         wanted = text.strip().lower()
         if self.count == 0:
@@ -60,26 +70,33 @@ class Classes:
             return 0
         if not wanted and self.null is not None:
             return self.null
-        known = self._known()
-        if wanted in known:
-            return known[wanted]
+        found = self._known.get(wanted, [])
+        if len(found) == 1:
+            return found[0]
         if wanted.isdecimal() and int(wanted) < self.count:
             return int(wanted)
-        raise UserError(f"{text!r}: no such class. {self._nearest(wanted, known)}")
+        if found:
+            some = " and ".join(f"{number} ({self.name(number)})" for number in found)
+            raise UserError(f"{text!r}: several classes are called so, {some}. Give the number.")
+        raise UserError(f"{text!r}: no such class. {self._nearest(wanted, self._known)}")
 
-    def _known(self) -> dict[str, int]:
-        found: dict[str, int] = {}
+    @cached_property
+    def _known(self) -> dict[str, list[int]]:
+        """The classes that each lower-case name means."""
+        whole: dict[str, list[int]] = {}
+        parts: dict[str, list[int]] = {}
         for number, name in sorted(self.names.items()):
-            for part in (name, *name.split(",")):
-                found.setdefault(part.strip().lower(), number)
-        return found
+            whole.setdefault(name.strip().lower(), []).append(number)
+            for part in dict.fromkeys(part.strip().lower() for part in name.split(",")):
+                parts.setdefault(part, []).append(number)
+        return parts | whole
 
-    def _nearest(self, wanted: str, known: Mapping[str, int]) -> str:
+    def _nearest(self, wanted: str, known: Mapping[str, list[int]]) -> str:
         numbers = f"Classes have numbers from 0 to {self.count - 1}"
         if not known:
             return f"{numbers}; this model stores no names."
         close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
-        found = dict.fromkeys(known[name] for name in close or list(known)[:6])
+        found = dict.fromkeys(number for name in close or list(known)[:6] for number in known[name])
         some = ", ".join(f"{number} ({self.name(number)})" for number in found)
         return f"{'Nearest' if close else 'There are'}: {some}. {numbers}."
 
@@ -123,14 +140,18 @@ def read_stored(source: str, revision: str | None = None) -> dict[str, Any]:
         return found
     folder = Path(source).expanduser()
     for name in ("model_index.json", CARD_NAME):
-        path = folder / name if folder.exists() else _from_hub(source, name, revision)
+        path = folder / name if folder.exists() else hub_file(source, name, revision)
         if path is not None and path.is_file():
             values = read_json(path)
             found |= {key: values[key] for key in CLASS_KEYS if values.get(key) is not None}
     return found
 
 
-def _from_hub(source: str, name: str, revision: str | None) -> Path | None:
+def hub_file(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a hub repository, in the local cache; None where there is no such file.
+
+    Raises `UserError` where the repository cannot be asked.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -138,3 +159,6 @@ def _from_hub(source: str, name: str, revision: str | None) -> Path | None:
         return Path(hf_hub_download(source, name, revision=revision))
     except EntryNotFoundError:  # also offline, where the cache has no such file
         return None
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{source}: {name} cannot be fetched from the hub ({first})") from error

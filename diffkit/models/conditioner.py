@@ -225,7 +225,8 @@ class Conditioner:
             setattr(self.pipeline, name, None)
 
     def fingerprint(self) -> str:
-        """Hexadecimal key of the encoders' weights and configs and of the tokenizers.
+        """Hexadecimal key of the encoders' weights and configs, of the tokenizers, and of how the
+        family cuts and cleans prompts.
 
         Raises `UserError` where there are none: freed, or a model without text.
         """
@@ -243,5 +244,7 @@ class Conditioner:
                 digest.update(fingerprint_module(part, extra=described).encode())
             elif part is not None:
                 words = sorted(part.get_vocab().items())
-                digest.update(f"{name}:{part.model_max_length}:{words}".encode())
+                limit = self.family.prompt_limits.get(name, part.model_max_length)
+                digest.update(f"{name}:{limit}:{words}".encode())
+        digest.update(self.family.prompt_rules().encode())
         return digest.hexdigest()

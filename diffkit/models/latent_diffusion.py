@@ -96,6 +96,12 @@ class LatentDiffusion:
         return model.to(device)
 
     @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit of the hub id that it was loaded from; None by default."""
+        revision: str | None = self._load_options.get("revision")
+        return revision
+
+    @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
         return self.denoiser.device

@@ -14,7 +14,7 @@ import torch
 
 from diffkit.errors import UserError
 from diffkit.models.families import family_of
-from diffkit.models.weights import read_header, refuse_pickles
+from diffkit.models.weights import only_pickles, read_header, refuse_pickles
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -198,6 +198,8 @@ def _from_hub(
         raise UserError(f"{name}: cannot be loaded: {error}") from error
     except OSError as error:
         first = str(error).strip().splitlines()[0]
+        if "safetensors" in first:  # diffusers' word for weights that are pickles alone
+            raise only_pickles(name) from error
         raise UserError(
             f"{name}: cannot be fetched from the hub, nor is it a path ({first})"
         ) from error

@@ -250,7 +250,8 @@ class Schedule:
         schedule = cls("ddpm", kind, config.num_train_timesteps, ddim, table)
         # DDIM and DDPM clip unless told; a config of another class without the word does not.
         if config.get("clip_sample"):
-            schedule.clip = float(config.clip_sample_range)
+            # Schedulers without the range of their own (PNDM) carry old configs that lack it.
+            schedule.clip = float(config.get("clip_sample_range", 1.0))
         return schedule
 
     @classmethod

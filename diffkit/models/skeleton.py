@@ -30,13 +30,13 @@ def skeleton(source: str, revision: str | None = None) -> LatentDiffusion:
     """
     path = Path(resolve(source)).expanduser()
     if revision is None and path.is_dir():
-        return _from_folder(path, source)
+        return _from_folder(path, source, None)
     if path.exists() or source.count("/") != 1:
         return LatentDiffusion.load(source, revision=revision).to("meta")
-    return _from_folder(_fetch_configs(source, revision), source)
+    return _from_folder(_fetch_configs(source, revision), source, revision)
 
 
-def _from_folder(path: Path, source: str) -> LatentDiffusion:
+def _from_folder(path: Path, source: str, revision: str | None) -> LatentDiffusion:
     index = read_index(path)
     cls = family_of(index["_class_name"]).loader(index["_class_name"])
     accepted = inspect.signature(cls.__init__).parameters
@@ -45,12 +45,14 @@ def _from_folder(path: Path, source: str) -> LatentDiffusion:
     for name, value in index.items():
         if isinstance(value, list):
             try:
-                parts[name] = None if value[0] is None else _component(path / name, *value)
+                # The oldest repositories (google/ddpm-cifar10-32) have no subfolders.
+                folder = path / name if (path / name).is_dir() else path
+                parts[name] = None if value[0] is None else _component(folder, *value)
             except (OSError, ValueError, AttributeError, ImportError) as error:
-                raise UserError(f"{path / name}: cannot be read as {value[1]}: {error}") from error
+                raise UserError(f"{folder}: cannot be read as {value[1]}: {error}") from error
         elif name in accepted:
             settings[name] = value
-    return LatentDiffusion(cls(**parts, **settings), source)
+    return LatentDiffusion(cls(**parts, **settings), source, revision=revision)
 
 
 def _component(folder: Path, library: str, class_name: str) -> Any:

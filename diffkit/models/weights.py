@@ -17,7 +17,14 @@ from torch import Tensor
 from diffkit.errors import UserError
 from diffkit.files import atomic_write
 
-__all__ = ["Header", "load_safetensors", "read_header", "refuse_pickles", "save_safetensors"]
+__all__ = [
+    "Header",
+    "load_safetensors",
+    "only_pickles",
+    "read_header",
+    "refuse_pickles",
+    "save_safetensors",
+]
 
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
 # Trainers leave these beside the weights; no model is made of them.
@@ -118,8 +125,9 @@ def _loaded_folders(place: Path) -> list[Path]:
     if not index.is_file():
         return [place, *sorted(child for child in place.iterdir() if child.is_dir())]
     values = json.loads(index.read_text(encoding="utf-8"))
-    named = (place / name for name, value in values.items() if isinstance(value, list) and value[0])
-    return sorted(folder for folder in named if folder.is_dir())
+    named = [place / name for name, value in values.items() if isinstance(value, list) and value[0]]
+    # A component without a folder of its own lies beside the index.
+    return sorted({folder if folder.is_dir() else place for folder in named})
 
 
 def _refuse_folder(folder: Path, root: Path) -> None:
@@ -132,7 +140,12 @@ def _refuse_folder(folder: Path, root: Path) -> None:
             raise UserError(_refusal(file, recipe))
 
 
-def _refusal(file: Path, recipe: str) -> str:
+def only_pickles(repository: str) -> UserError:
+    """The refusal of a hub repository (or its copy in the cache) without safetensors weights."""
+    return UserError(_refusal(repository, _folder_recipe(repository)))
+
+
+def _refusal(file: Path | str, recipe: str) -> str:
     return (
         f"{file}: the weights are a pickle, which can run any code when it is opened; diffkit "
         f'loads safetensors only. Convert it once: python -c "{recipe}"'
@@ -147,7 +160,7 @@ def _file_recipe(file: Path) -> str:
     )
 
 
-def _folder_recipe(folder: Path) -> str:
+def _folder_recipe(folder: Path | str) -> str:
     return (
         "from diffusers import DiffusionPipeline as P; "
         f"P.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"

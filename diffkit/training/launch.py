@@ -101,7 +101,7 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
 def _validation_guidance(config: TrainConfig, model: LatentDiffusion) -> float:
     if config.validation_guidance is not None:
         return config.validation_guidance
-    return read_card(config.model).guidance(model.family.guidance_scale)
+    return read_card(config.model, config.revision).guidance(model.family.guidance_scale)
 
 
 def build_model(config: TrainConfig) -> LatentDiffusion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ from diffkit.models.weights import save_safetensors
 from diffkit.randomness import normal
 from tests.models.lora_helpers import randomise
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 PROMPTS = ["a cat", "a red dog"]
 HEIGHT, WIDTH = 32, 48
+SHORT = {"max_sequence_length": 256}  # as the documents of schnell say
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +82,8 @@ def test_packing_is_that_of_the_stock_pipeline():
             {"guidance_scale": 2.5, "true_cfg_scale": 3.0},
             {"guidance_scale": 2.5, "true_cfg_scale": 3.0},
         ),
-        ("flux-schnell", {"guidance_scale": 1.0}, {"guidance_scale": 0.0}),
-        ("flux-schnell", {"guidance_scale": 3.0}, {"true_cfg_scale": 3.0}),
+        ("flux-schnell", {"guidance_scale": 1.0}, {"guidance_scale": 0.0, **SHORT}),
+        ("flux-schnell", {"guidance_scale": 3.0}, {"true_cfg_scale": 3.0, **SHORT}),
     ],
 )
 def test_each_guidance_equals_the_stock_pipelines_on_an_oblong(tiny_folder, name, here, there):
@@ -107,6 +110,37 @@ def test_capabilities_are_those_of_the_checkpoint(dev, schnell):
             model.family.require("kohya")
     with pytest.raises(ValueError, match="guidance embedding"):
         sample(schnell.denoiser, normal((1, 16, 4, 4), 0), None, steps=1, true_cfg_scale=2.0)
+
+
+def test_schnell_has_its_own_steps_and_length(dev, schnell):
+    """It is distilled to 4 steps and was trained on 256 tokens; it got 25 steps and 512 tokens, the
+    defaults of a pipeline that serves dev too."""
+    assert (dev.family.steps, schnell.family.steps) == (25, 4)
+    request = Request(("a cat",), model=schnell.source, size="32")
+    assert [plan(request, model)[0].steps for model in (dev, schnell)] == [25, 4]
+    for model, length in ((dev, 512), (schnell, 256)):
+        assert model.conditioner.encode(["a"]).tokens.shape[1] == length
+        assert model.conditioner.null().tokens.shape[1] == length
+    (recipe,) = recipes(schnell)[:1]
+    made = torch.as_tensor(render(schnell, [recipe], "pt")[0])
+    stock_ones = [
+        schnell.pipeline()(
+            recipe.prompt,
+            num_inference_steps=recipe.steps,
+            height=recipe.height,
+            width=recipe.width,
+            generator=torch.Generator().manual_seed(recipe.seed),
+            max_sequence_length=length,
+            output_type="pt",
+        ).images[0]
+        for length in (256, 512)
+    ]
+    assert [torch.allclose(made, other, atol=1e-6) for other in stock_ones] == [True, False]
+
+
+def test_cached_embeddings_of_one_length_do_not_serve_another(dev, schnell):
+    """Both have the same encoders and tokenizers: their caches had one key."""
+    assert dev.conditioner.fingerprint() != schnell.conditioner.fingerprint()
 
 
 def test_guidance_is_needed_or_refused(dev, schnell):
@@ -193,7 +227,7 @@ def spread(model, made):
     return (together[::2] - torch.stack(alone)).abs().max().item()
 
 
-@pytest.mark.parametrize("way", ["text", "picture", "mask"])
+@pytest.mark.parametrize("way", [slow("text"), slow("picture"), "mask"])
 def test_generation_does_not_depend_on_the_batch(dev, schnell, tmp_path, way):
     image, mask = tmp_path / "in.png", tmp_path / "mask.png"
     Image.effect_noise((32, 48), 80).convert("RGB").save(image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from diffkit.models.skeleton import skeleton
 from diffkit.randomness import normal
 from tests.tiny_labels import CLASSES, NAMES
 
-PLAIN = ("pixel", "pixel-ddim", "latent", "latent-kl")
+slow = partial(pytest.param, marks=pytest.mark.slow)
+PLAIN = ("pixel", slow("pixel-ddim"), "latent", slow("latent-kl"))
 LABELLED = ("dit", "pixel-class", "latent-class", "pixel-class-edm")
 STEPS = 5
 
@@ -94,6 +96,8 @@ def test_older_dit_checkpoints_name_another_class(tiny_folder, tmp_path):
     noise = seeded(model)
     old = ours(LatentDiffusion.load(tmp_path / "old"), noise, ["0", "1"])
     assert torch.equal(old, ours(model, noise, ["0", "1"]))
+    bones = skeleton(str(tmp_path / "old")).denoiser.model
+    assert type(bones) is type(model.denoiser.model)
 
 
 def test_dit_drops_no_labels_of_its_own(tiny_folder):
@@ -207,6 +211,18 @@ def test_a_class_is_meant_by_name_or_number():
         Classes(5).number("cat")
     with pytest.raises(UserError, match="id2label: '3'"):
         parse_names({"3": "x"}, 3)
+
+
+def test_a_name_of_two_classes_means_neither():
+    """ImageNet has two cranes and two maillots; the second crane could not be had by name and its
+    pictures were trained as the first."""
+    names = {0: "crane", 1: "crane", 2: "maillot", 3: "maillot, tank suit"}
+    classes = Classes(4, 4, names)
+    with pytest.raises(UserError, match=r"several .* so, 0 .crane. and 1 .crane.. Give the number"):
+        classes.number("Crane")
+    assert classes.numbers(["maillot", "tank suit", "1"]) == [2, 3, 1]
+    assert [classes.prompt(number) for number in range(4)] == ["0", "1", *list(names.values())[2:]]
+    assert classes.numbers([classes.prompt(number) for number in range(4)]) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

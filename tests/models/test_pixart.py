@@ -12,11 +12,12 @@ from PIL import Image
 
 from diffkit.cli import main
 from diffkit.errors import UserError
-from diffkit.generation.engine import render
+from diffkit.generation.engine import render, weights_digest
 from diffkit.generation.plan import Request, plan
 from diffkit.generation.recipe import read_recipe
 from diffkit.generation.schedulers import scheduler_names
-from diffkit.models.conditioner import Sizes
+from diffkit.models.conditioner import Conditioner, Sizes
+from diffkit.models.families import pixart
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.lora import add_lora
 from diffkit.models.sampling import sample
@@ -79,6 +80,18 @@ def test_captions_are_those_of_the_stock_pipelines_default(model):
     assert torch.equal(found.tokens, tokens) and torch.equal(found.mask, mask)
     upper, lower = (model.conditioner.encode([t], (HEIGHT, WIDTH)) for t in ("A CAT ", "a cat"))
     assert torch.equal(upper.tokens, lower.tokens)
+
+
+def test_keys_follow_how_captions_are_cleaned_and_cut(alpha, sigma, monkeypatch):
+    """Embeddings cached without beautifulsoup4 and ftfy served a run that had them, and a picture
+    could be repeated in name only; alpha's embeddings of 120 tokens served Sigma's 300."""
+    before = alpha.conditioner.fingerprint(), weights_digest(alpha)
+    cleans = pixart._cleans()
+    monkeypatch.setattr(pixart, "_cleans", lambda: not cleans)
+    assert before[0] != alpha.conditioner.fingerprint()
+    assert before[1] != weights_digest(alpha)
+    longer = Conditioner(sigma.family, alpha.pipeline())
+    assert longer.fingerprint() != alpha.conditioner.fingerprint()
 
 
 def test_tokens_behind_the_mask_change_nothing(model):

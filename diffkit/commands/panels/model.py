@@ -13,6 +13,10 @@ def what_it_is(stage: Stage) -> Panel:
     model, schedule = stage.model, stage.model.schedule
     size = size_rule(model).native
     cost = model_cost(skeleton(stage.source), size.width, size.height)
+    # As in `diffkit info`: a scale that is an input of the network costs no second call.
+    steps = stage.card.step_count(model.family.steps)
+    scale = stage.card.guidance(model.family.guidance_scale)
+    guided = scale > 1 and not model.family.takes_guidance
     parts = [
         (name, f"{type(part).__name__}, {parameter_count(part):,} parameters")
         for name, part in model.networks.items()
@@ -28,8 +32,8 @@ def what_it_is(stage: Stage) -> Panel:
             ("picture", f"{size} pixels"),
             (
                 "work a picture",
-                f"{cost.macs(stage.card.steps) / 1e9:,.2f} billion multiply-accumulates in "
-                f"{stage.card.steps} guided steps",
+                f"{cost.macs(steps, guided) / 1e9:,.2f} billion multiply-accumulates in {steps} "
+                f"steps of {'two calls, for guidance' if guided else 'one call'}",
             ),
         ),
     )

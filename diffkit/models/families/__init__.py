@@ -77,6 +77,10 @@ def _unpacked(latents: Tensor) -> Tensor:
     return latents
 
 
+def _no_rules() -> str:
+    return ""
+
+
 def _guidance_arguments(family: Family, guidance: float, negatives: list[str]) -> dict[str, Any]:
     arguments: dict[str, Any] = {"guidance_scale": guidance}
     # SDXL takes an empty negative prompt for a text, and its absence for the zeros that it was
@@ -99,12 +103,15 @@ class Family:
         capabilities: what the model class can do.
         lora_targets: module-name endings that LoRA adapts by default.
         guidance_scale: the usual `guidance_scale`, diffusers' convention.
+        steps: the usual number of sampling steps.
         call: (model, z_t, t (B,), conditioning, guidance (B,) or None) -> raw output (B, C, h, w).
         encode_prompts: (pipeline, prompts) -> Conditioning without sizes; None without text.
         encode_null: pipeline -> the unconditional Conditioning, batch of one; None without text.
         tap_names: model -> the names of the blocks whose output can be read.
         prompt_limits: tokens that the pipeline reads of a prompt, by tokenizer name, where that is
             not the tokenizer's own `model_max_length`.
+        prompt_rules: () -> in words, what happens to a prompt before the tokenizer where that is
+            not the same on every machine; a part of digests and cache keys.
         checkpoint: (family, model) -> the table as it holds for this one network, see `of`.
         geometry: model -> what latents it takes.
         pack: latents (B, C, h, w) -> as the loop of the stock pipelines holds them.
@@ -133,7 +140,9 @@ class Family:
     encode_prompts: Callable[[Any, list[str]], Conditioning] | None
     encode_null: Callable[[Any], Conditioning] | None
     tap_names: Callable[[nn.Module], tuple[str, ...]]
+    steps: int = 25
     prompt_limits: Mapping[str, int] = field(default_factory=dict)
+    prompt_rules: Callable[[], str] = _no_rules
     checkpoint: Callable[[Family, Any], Family] = _same
     geometry: Callable[[Any], Geometry] = _geometry
     pack: Callable[[Tensor], Tensor] = _unpacked

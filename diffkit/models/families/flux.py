@@ -3,7 +3,8 @@
 Two kinds of checkpoint share the class. FLUX.1-dev was distilled to be told the guidance scale:
 `guidance_scale` is an input of the network, one call makes a step, and classifier-free guidance is
 possible on top of it (`true_cfg_scale` in diffusers). FLUX.1-schnell was not: its `guidance_scale`
-is that of classifier-free guidance, and it is best without any.
+is that of classifier-free guidance, and it is best without any; it was distilled to four steps and
+trained on shorter prompts. Any checkpoint without the guidance embedding is taken for it.
 
 The network takes packed latents, tokens of 2 x 2 latent pixels; packing and unpacking happen here,
 so that latents are (B, C, h, w) everywhere else, with h and w even.
@@ -12,6 +13,7 @@ so that latents are (B, C, h, w) everywhere else, with h and w even.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from diffkit.models.families import Family, Geometry
 PATCH = 2
 # The pipelines' own default, in latent pixels; the network's config does not say.
 _SAMPLE = 128
+# T5 tokens of a prompt: the pipelines' max_sequence_length, and what schnell was trained on.
+_LENGTH, _SCHNELL_LENGTH = 512, 256
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -75,20 +79,30 @@ def _check_guidance(model: Any, guidance: Tensor | None) -> None:
         raise UserError("this Flux has no guidance embedding (guidance_embeds is not set).")
 
 
-def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
-    tokens, pooled, _ = pipeline.encode_prompt(prompts, device=pipeline.text_encoder_2.device)
+def _encode(pipeline: Any, prompts: list[str], length: int = _LENGTH) -> Conditioning:
+    tokens, pooled, _ = pipeline.encode_prompt(
+        prompts, device=pipeline.text_encoder_2.device, max_sequence_length=length
+    )
     return Conditioning(tokens=tokens, pooled=pooled)
 
 
-def _encode_null(pipeline: Any) -> Conditioning:
-    return _encode(pipeline, [""])
+def _encode_null(pipeline: Any, length: int = _LENGTH) -> Conditioning:
+    return _encode(pipeline, [""], length)
 
 
 def _checkpoint(family: Family, model: Any) -> Family:
     if model.config.guidance_embeds:
         return family
-    capabilities = family.capabilities - {"guidance_embedding"}
-    return replace(family, capabilities=capabilities, guidance_scale=1.0, train_guidance=None)
+    return replace(
+        family,
+        capabilities=family.capabilities - {"guidance_embedding"},
+        guidance_scale=1.0,
+        steps=4,
+        train_guidance=None,
+        encode_prompts=partial(_encode, length=_SCHNELL_LENGTH),
+        encode_null=partial(_encode_null, length=_SCHNELL_LENGTH),
+        prompt_limits={"tokenizer_2": _SCHNELL_LENGTH},
+    )
 
 
 def _geometry(model: Any) -> Geometry:
@@ -98,7 +112,11 @@ def _geometry(model: Any) -> Geometry:
 def _arguments(family: Family, guidance: float, negatives: list[str]) -> dict[str, Any]:
     if family.takes_guidance:
         return {"guidance_scale": guidance}
-    return {"true_cfg_scale": guidance, "negative_prompt": negatives}
+    return {
+        "true_cfg_scale": guidance,
+        "negative_prompt": negatives,
+        "max_sequence_length": _SCHNELL_LENGTH,
+    }
 
 
 def _tap_names(model: nn.Module) -> tuple[str, ...]:
@@ -137,7 +155,7 @@ FAMILY = Family(
     encode_prompts=_encode,
     encode_null=_encode_null,
     tap_names=_tap_names,
-    prompt_limits={"tokenizer_2": 512},  # max_sequence_length of the pipelines
+    prompt_limits={"tokenizer_2": _LENGTH},
     checkpoint=_checkpoint,
     geometry=_geometry,
     pack=pack,

@@ -62,6 +62,10 @@ def _cleans() -> bool:
     return False
 
 
+def _rules() -> str:
+    return "cleaned captions" if _cleans() else "lower-cased captions"
+
+
 def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
     tokens, mask, _, _ = pipeline.encode_prompt(
         prompts,
@@ -112,6 +116,7 @@ FAMILY = Family(
     encode_null=_encode_null,
     tap_names=_tap_names,
     prompt_limits={"tokenizer": 120},  # max_sequence_length of the pipeline
+    prompt_rules=_rules,
     checkpoint=_checkpoint,
     pipeline_arguments=_arguments,
 )
