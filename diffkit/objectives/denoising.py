@@ -89,6 +89,8 @@ def offset_noise(eps: Tensor, offsets: Tensor, strength: float) -> Tensor:
 
 # -- objective ----------------------------------------------------------------------------------
 
+_DROPOUT = 0.1
+
 
 @dataclass
 class DenoisingConfig:
@@ -151,7 +153,17 @@ class DenoisingConfig:
         density = self.density or model.schedule.density
         if density != "log_normal" and (self.log_mean, self.log_std) != (-1.2, 1.2):
             raise UserError("denoising.log_mean, log_std: are for EDM models; leave them out.")
-        return replace(self, condition_dropout=0.1 if rate is None else rate, density=density)
+        return replace(self, condition_dropout=_DROPOUT if rate is None else rate, density=density)
+
+    def canonical(self) -> DenoisingConfig:
+        """None for every value that None would become with any model that can have the value.
+
+        Two configurations with equal canonical forms train alike. A model without a null class is
+        trained with no dropout of 0.1, and no model of one kind with the density of another.
+        """
+        rate = None if self.condition_dropout == _DROPOUT else self.condition_dropout
+        density = None if self.density in ("uniform", "log_normal") else self.density
+        return replace(self, condition_dropout=rate, density=density)
 
     def normal(self) -> tuple[float | None, float | None]:
         """(mean, standard deviation) of the normal variable of the density, if it has one."""

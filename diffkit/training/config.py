@@ -154,6 +154,10 @@ class TrainConfig:
         """Whether pictures without a caption would be trained on, silently, as if it were empty."""
         return True
 
+    def canonical(self) -> TrainConfig:
+        """The same run with None for a value that is the default which depends on the model."""
+        return self
+
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work on any machine."""
         self._check_ranges()

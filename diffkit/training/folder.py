@@ -89,7 +89,7 @@ class RunFolder:
                 )
             return
         old = load(self.config_file, type(config))
-        changed = differing_keys(_identity(to_plain(old)), _identity(to_plain(config)))
+        changed = differing_keys(_identity(old), _identity(config))
         steps = self._steps_made()
         schedule = {name: getattr(config, name) for name in _SCHEDULE}
         new = replace(old, **schedule)
@@ -151,7 +151,8 @@ class RunFolder:
         say(f"{self.path}: the earlier run was thrown away.")
 
 
-def _identity(plain: dict[str, Any]) -> dict[str, Any]:
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    plain = to_plain(config.canonical())
     return {k: v for k, v in plain.items() if k not in (*_OF_THE_CALL, *_FREE, *_SCHEDULE)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Objective
@@ -22,6 +22,10 @@ class DenoisingTraining(TrainConfig):
     def needs_captions(self) -> bool:
         """Unless all of them are dropped."""
         return self.denoising.condition_dropout != 1
+
+    def canonical(self) -> DenoisingTraining:
+        """With the canonical form of the method's own values."""
+        return replace(self, denoising=self.denoising.canonical())
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""

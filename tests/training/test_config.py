@@ -9,7 +9,9 @@ import yaml
 
 from diffkit.commands.train import configs, parse
 from diffkit.errors import UserError
+from diffkit.objectives.denoising import DenoisingConfig
 from diffkit.training.configfile import differing_keys, dump, load, to_plain
+from diffkit.training.folder import RunFolder
 from diffkit.training.registry import DenoisingTraining
 from tests.training.toy import ToyObjective, config_for, train
 
@@ -130,3 +132,29 @@ def test_differing_keys_are_dotted():
     new = to_plain(replace(DenoisingTraining("a", "o"), seed=2))
     new["denoising"]["min_snr"] = 5.0
     assert differing_keys(old, new) == {"seed": (0, 2), "denoising.min_snr": (None, 5.0)}
+
+
+def test_a_default_may_be_said_in_full_or_left_out(tmp_path):
+    """condition_dropout and density got defaults that depend on the model, None; runs that had
+    been started before were refused as runs of another configuration, 0.1 and uniform."""
+    output = tmp_path / "out"
+    output.mkdir()
+
+    def check(old: DenoisingConfig, new: DenoisingConfig) -> None:
+        first, again = (
+            DenoisingTraining("data", output, denoising=denoising) for denoising in (old, new)
+        )
+        plain = to_plain(first)
+        for name in ("guidance", "log_mean", "log_std"):  # later than the rest
+            del plain["denoising"][name]
+        (output / "config.yaml").write_text(yaml.safe_dump(plain))
+        RunFolder(again).check(again)
+
+    before, now = DenoisingConfig(condition_dropout=0.1, density="uniform"), DenoisingConfig()
+    check(before, now)
+    check(now, before)
+    check(DenoisingConfig(density="log_normal"), now)
+    with pytest.raises(UserError, match="denoising.condition_dropout: 0.2 there, None now"):
+        check(DenoisingConfig(condition_dropout=0.2), now)
+    with pytest.raises(UserError, match="denoising.density: None there, 'logit_normal' now"):
+        check(now, DenoisingConfig(density="logit_normal"))
