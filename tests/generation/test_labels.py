@@ -83,7 +83,10 @@ def test_the_batch_split_changes_nothing(
     assert (together[1:2] - pictures(folder, made[1:2])).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("scheduler", [None, *scheduler_names("edm")])
+@pytest.mark.parametrize(
+    "scheduler",
+    [pytest.param(None, marks=pytest.mark.slow), *scheduler_names("edm")],  # None is the second
+)
 def test_edm_samplers_of_a_text_model(tiny_folder: Folder, scheduler: str | None) -> None:
     folder = tiny_folder("sdxl-edm")
     made = recipes(folder, "a cat", "a dog", scheduler=scheduler)
@@ -194,8 +197,8 @@ def test_the_command_line(
     ("name", "classes", "kind"),
     [
         ("dit", (1000, 1000), "ddpm"),
-        ("pixel-class-edm", (4, 4), "edm"),
-        ("pixel-class-no-null", (4, None), "ddpm"),
+        pytest.param("pixel-class-edm", (4, 4), "edm", marks=pytest.mark.slow),
+        pytest.param("pixel-class-no-null", (4, None), "ddpm", marks=pytest.mark.slow),
         ("latent", (0, None), "ddpm"),
     ],
 )

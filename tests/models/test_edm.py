@@ -142,7 +142,7 @@ def test_an_unfit_time_embedding_is_refused(tmp_path):
         LatentDiffusion.load(tmp_path / "m")
 
 
-@pytest.mark.parametrize("name", ["sdxl-edm", "sdxl-edm-v"])
+@pytest.mark.parametrize("name", ["sdxl-edm", pytest.param("sdxl-edm-v", marks=pytest.mark.slow)])
 def test_sdxl_equals_the_stock_pipeline(tiny_folder, tmp_path, name):
     """As Playground v2.5: EDM's preconditioning around SDXL's U-Net, statistics of the latents."""
     model = LatentDiffusion.load(tiny_folder(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.objectives.test_denoising import losses, make_batch
 from tests.tiny_labels import CLASSES, NAMES
 from tests.training.test_resume import rows
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 FOLDERS = ("black cat", "retriever", "red fox", "snow owl")
 
 
@@ -37,9 +39,9 @@ def classes(tmp_path_factory):
     ("model", "options"),
     [
         ("dit", ("--gradient-checkpointing",)),
-        ("pixel-class", ("--ema", "0.9")),
-        ("latent-class", ("--cache-latents",)),
-        ("pixel-class-edm", ("--mixed-precision", "bf16")),
+        slow("pixel-class", ("--ema", "0.9")),
+        slow("latent-class", ("--cache-latents",)),
+        slow("pixel-class-edm", ("--mixed-precision", "bf16")),
     ],
 )
 def test_class_conditional_runs_resume_and_load(command, classes, tmp_path, model, options):
@@ -58,7 +60,9 @@ def test_class_conditional_runs_resume_and_load(command, classes, tmp_path, mode
     assert list(saved.names.values())[:CLASSES] == list(NAMES) and saved.null is not None
 
 
-@pytest.mark.parametrize("model", ["pixel", "latent", "pixel-edm", "pixel-class-no-null"])
+@pytest.mark.parametrize(
+    "model", ["pixel-class-no-null", slow("pixel"), slow("latent"), slow("pixel-edm")]
+)
 def test_the_others_train_too(command, classes, tmp_path, model):
     assert command("--max-steps", 2, model=model, data=classes) == 0
     DiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
