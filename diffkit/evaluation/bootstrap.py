@@ -112,7 +112,8 @@ def pivotal_interval(
 
     Args:
         value: theta, the statistic of the pictures as they are.
-        replicates: (R,) the statistic of each resample.
+        replicates: (R,) the statistic of each resample; NaN where it is undefined, as a kernel
+            distance is of one picture drawn again and again. These are left out.
         group_count: how many groups were resampled.
     """
     low, high = _quantiles(replicates.double(), group_count, level)
@@ -144,7 +145,7 @@ def _quantiles(replicates: Tensor, group_count: int, level: float) -> tuple[floa
     t = _student_quantile(level, group_count - 1)
     tail = 0.5 * math.erfc(math.sqrt(group_count / (group_count - 1)) * t / math.sqrt(2))
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64, device=replicates.device)
-    low, high = torch.quantile(replicates, ends).tolist()
+    low, high = torch.nanquantile(replicates, ends).tolist()
     return low, high
 
 

@@ -43,6 +43,11 @@ class Estimate:
     value: float
     interval: Interval
 
+    @property
+    def outside(self) -> bool:
+        """Whether the interval does not hold the number, as a pivotal one may."""
+        return not self.interval.low <= self.value <= self.interval.high
+
     def to_json(self) -> dict[str, float]:
         """As reports hold it."""
         return {"value": self.value, "low": self.interval.low, "high": self.interval.high}

@@ -35,26 +35,22 @@ def measure_costs(subjects: Mapping[str, Subject], batch_size: int) -> dict[str,
 
     Args:
         subjects: one or two models on their device, the recipes of at least one picture each.
-        batch_size: pictures at once for throughput and memory.
+        batch_size: pictures at once for throughput and memory, as far as there are recipes.
     """
     say("measuring time and memory")
     names = list(subjects)
     single = [Subject(s.model, s.recipes[:1]) for s in subjects.values()]
     batch = [Subject(s.model, s.recipes[:batch_size]) for s in subjects.values()]
     alone = time_rounds(single, _ROUNDS, _SECONDS)
-    together = alone if batch_size == 1 else time_rounds(batch, 3, _SECONDS)
-    costs = {
-        name: _costs(batch[i], alone[i], together[i], batch_size) for i, name in enumerate(names)
-    }
+    together = alone if batch_size == 1 else time_rounds(batch, 3, _SECONDS, least=1)
+    costs = {name: _costs(batch[i], alone[i], together[i]) for i, name in enumerate(names)}
     if len(names) == 2:
         ratios = [theirs.picture / ours.picture for ours, theirs in zip(*alone, strict=True)]
         costs[names[0]]["speedup"] = median_interval(ratios)
     return costs
 
 
-def _costs(
-    subject: Subject, alone: Sequence[Timing], together: Sequence[Timing], batch_size: int
-) -> dict[str, Any]:
+def _costs(subject: Subject, alone: Sequence[Timing], together: Sequence[Timing]) -> dict[str, Any]:
     model, first = subject.model, subject.recipes[0]
     counted = model_cost(model, first.width, first.height)
     batch_seconds = median_interval([timing.picture for timing in together])["value"]
@@ -63,7 +59,7 @@ def _costs(
         "device": _device_name(subject),
         "dtype": first.dtype,
         "size": [first.width, first.height],
-        "batch_size": batch_size,
+        "batch_size": len(subject.recipes),
         "steps": first.steps,
         "guided": alone[0].rows["denoiser"] > alone[0].calls["denoiser"],
         "calls": alone[0].calls["denoiser"],

@@ -62,9 +62,9 @@ def stream_features(
             block = np.empty((stop - start, extractor.dim), _ROW)
             filled = 0
             while filled < len(block):
-                batch = next(batches)
-                block[np.array(batch.indices) - start] = extractor(batch.images).numpy()
-                filled += len(batch.indices)
+                for batch in next(batches).pieces():
+                    block[np.array(batch.indices) - start] = extractor(batch.images).numpy()
+                    filled += len(batch.indices)
             rows.write(block.tobytes())
             rows.flush()
             append_jsonl(log, _entry(start, block.tobytes(), stop, pictures))

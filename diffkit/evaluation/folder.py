@@ -11,12 +11,13 @@ OUTPUT/report.json, .html      the result; the page is written last
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffkit.console import say
 from diffkit.errors import UserError
+from diffkit.evaluation.selection import COST, Selection
 from diffkit.files import check_writable, read_json, write_json
 
 __all__ = ["EvaluationFolder"]
@@ -58,6 +59,8 @@ class EvaluationFolder:
         if overwrite:
             return
         changed = _differing(read_json(self.config), config)
+        if not self.page.exists():  # nothing shows the metrics of an earlier, unfinished run
+            changed = [line for line in changed if not line.startswith("metrics (")]
         if changed:
             raise UserError(
                 f"{self.path}: holds an evaluation with another {'; '.join(changed)}. "
@@ -96,14 +99,19 @@ class EvaluationFolder:
         say(f"{self.path}: the earlier evaluation was thrown away.")
 
 
+def _shown(words: Sequence[str]) -> set[str]:
+    """The metrics that words of --metrics ask for; none asks for all."""
+    selection = Selection.parse(words)
+    names = {metric.name for metric in selection.metrics}
+    return names | {COST} if selection.cost else names
+
+
 def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted names of the values that differ, with both values."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
         return [line for k in keys for line in _differing(old.get(k), new.get(k), f"{prefix}{k}.")]
     name = prefix.rstrip(".")
-    if name == "metrics" and set(old) <= set(new):
-        return []
-    if old == new:
+    if old == new or (name == "metrics" and _shown(old) <= _shown(new)):
         return []
     return [name if name == "prompts" else f"{name} ({old!r} there, {new!r} now)"]

@@ -137,14 +137,14 @@ def time_once(subject: Subject) -> Timing:
 
 
 def time_rounds(
-    subjects: Sequence[Subject], rounds: int, seconds: float, seed: int = 0
+    subjects: Sequence[Subject], rounds: int, seconds: float, seed: int = 0, least: int = 3
 ) -> list[list[Timing]]:
     """One list of timings a subject: round r of all subjects was measured together.
 
     Args:
         subjects: each is drawn once before, unmeasured: the first call chooses kernels.
-        rounds: at most; no fewer than three.
-        seconds: no round is begun after this time.
+        rounds: at most.
+        seconds: no round is begun after this time, once there are `least`.
         seed: draws the order inside each round.
     """
     for subject in subjects:
@@ -153,7 +153,7 @@ def time_rounds(
     taken: list[list[Timing]] = [[] for _ in subjects]
     end = time.perf_counter() + seconds
     for done in progress(range(rounds), "timing"):
-        if done >= 3 and time.perf_counter() > end:
+        if done >= least and time.perf_counter() > end:
             break
         for which in torch.randperm(len(subjects), generator=order).tolist():
             taken[which].append(time_once(subjects[which]))

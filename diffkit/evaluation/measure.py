@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffkit.console import say
 from diffkit.evaluation.compare import Comparison, Pairing, Resampling, resampled_groups
 from diffkit.evaluation.entrants import PAIRING_NOTES, Entrant
 from diffkit.evaluation.extractors import Extractor
@@ -22,6 +23,8 @@ from diffkit.evaluation.reference import Reference
 from diffkit.evaluation.request import LEVEL, EvaluationRequest
 from diffkit.evaluation.selection import Chosen
 from diffkit.evaluation.values import measure_samples
+
+_OUTSIDE = "the interval allows for the bias of finite n, and so lies beside the value"
 
 __all__ = ["Bench", "Measured", "RealPictures", "situations"]
 
@@ -178,11 +181,10 @@ class Bench:
             groups = self.entrants[name].groups
             data[name] = SetData(features, self.extractor, groups, reference, self.request.seed)
         for metric in chosen.sets:
+            say(f"measuring {metric.label}")
             statistics = {name: metric.run(given) for name, given in data.items()}
             compared = self.resampling.of_statistics(statistics)
             note = statistics["model"].note
-            if self.request.resamples is None and statistics["model"].of_weights is not None:
-                note = "; ".join(filter(None, (note, f"{compared.resamples} resamples")))
             found.rows.append(self._row(metric, compared, note))
 
     def _row(self, metric: Metric, compared: Comparison, note: str) -> dict[str, Any]:
@@ -192,6 +194,8 @@ class Bench:
             notes.append(PAIRING_NOTES[self.pairing])
         if len(set(counts.values())) > 1:
             notes.append(f"the baseline has {counts['against']} pictures")
+        if any(found.outside for found in compared.values.values()):
+            notes.append(_OUTSIDE)
         network = metric.network(self.extractor, self.tools)
         rules = [self.sets["model"].resize, metric.resize(self.extractor, self.tools)]
         if "reference" in metric.needs and self.real.pictures is not None:
@@ -207,6 +211,7 @@ class Bench:
             "n": counts["model"],
             "n_reference": len(self.real) if "reference" in metric.needs else None,
             "seed": self.request.seed,
+            "resamples": compared.resamples,
             "note": "; ".join(filter(None, notes)),
             "values": {name: found.to_json() for name, found in compared.values.items()},
             "difference": compared.difference and compared.difference.to_json(),

@@ -174,7 +174,7 @@ def _facts(metric: Mapping[str, Any]) -> tuple[str, ...]:
     counts = f"n {metric['n']:,}"
     if metric["n_reference"] is not None:
         counts += f", reference n {metric['n_reference']:,}"
-    found = [f"{counts}, seed {metric['seed']}"]
+    found = [f"{counts}, seed {metric['seed']}, {metric['resamples']:,} resamples"]
     if metric["extractor"]:
         found.append(f"extractor: {metric['extractor']}")
     if metric["resize"]:
@@ -200,7 +200,9 @@ def _whisker(estimate: Mapping[str, float], better: str | None, compared: bool) 
         ends = ("less", "more") if better is None else ("worse", "better")
         low, value, high = (100 + 100 * sign * x / reach for x in (low, value, high))
         return Whisker(min(low, high), max(low, high), value, 100.0, ends)
-    start, end = min(0.0, 1.1 * low), max(1.1 * high, 0.0) or 1.0
+    # A pivotal interval may lie beside its value.
+    start, end = 1.1 * min(0.0, low, value), 1.1 * max(0.0, high, value)
+    end = end if end > start else 1.0
     if not math.isfinite(end - start):
         return Whisker(0, 200, 200, 0, ("0", "∞"))
     low, value, high, zero = (200 * (x - start) / (end - start) for x in (low, value, high, 0.0))

@@ -39,6 +39,7 @@ __all__ = ["Batch", "PictureSet", "resize_rule", "to_float", "to_uint8"]
 
 _THREADS = 4
 _AHEAD = 1
+_PIXELS = 1 << 22
 _WINDOW = 256  # files looked at between two results
 _SHOWN = 5  # bad pictures that are named before they are only counted
 
@@ -64,6 +65,17 @@ class Batch:
     def images(self) -> Tensor:
         """The pictures as float32 in [-1, 1]."""
         return to_float(self.pixels)
+
+    def pieces(self) -> Iterator[Batch]:
+        """The batch in parts of at most 2^22 pixels (four of 1024x1024), or of one picture.
+
+        What is computed with the pixels as such (spectra, SSIM) takes some 250 bytes a pixel.
+        """
+        height, width = self.pixels.shape[-2:]
+        most = max(1, _PIXELS // (height * width))
+        for start in range(0, len(self.indices), most):
+            part = slice(start, start + most)
+            yield Batch(self.indices[part], self.pixels[part])
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ class EvaluationRequest:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{_flag(name)} {value}: must be at least {least}.")
+        if self.per_prompt is not None and self.per_prompt > (num := self.num or DEFAULT_NUM):
+            raise UserError(f"--per-prompt {self.per_prompt}: more than --num, which is {num}.")
         for side in self.sides:
             self._check_sampler(side)
         if not self.generated:

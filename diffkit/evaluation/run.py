@@ -102,7 +102,14 @@ def _stamps(request: EvaluationRequest) -> dict[str, str]:
     sources: dict[str, Any] = {side.name: side.source for side in request.sides}
     sources |= {"data": request.data} if request.data is not None else {}
     stamps = {name: stamp(source) for name, source in sources.items()}
-    return {**stamps, "device": request.device, "batch_size": str(request.batch_size)}
+    # Its kind only: each process has a card of its own, and all must come to the same decision.
+    device = request.device.partition(":")[0]
+    return {**stamps, "device": device, "batch_size": str(request.batch_size)}
+
+
+def _bench_device(device: str) -> str:
+    """Where pictures are measured: MPS has neither float64 nor antialiased resizing."""
+    return "cpu" if device.startswith("mps") else device
 
 
 class _Work:
@@ -122,15 +129,14 @@ class _Work:
         self.real = RealPictures(request.data, size)
         self.pairing, self.unpaired = pair(self.entrants)
         texts = [text for entrant in self.entrants.values() for text in entrant.prompts]
-        self.tools = Toolbox(
-            request.device, scorer=request.scorer, lpips=request.lpips, prompts=texts
-        )
+        device = _bench_device(request.device)
+        self.tools = Toolbox(device, scorer=request.scorer, lpips=request.lpips, prompts=texts)
         self.chosen: Chosen = choose(
             selection, situations(self.entrants, self.real, self.tools), self.unpaired
         )
         self.extractor = None
         if any("features" in metric.needs for metric in self.chosen.metrics):
-            self.extractor = load_extractor(request.extractor, request.device)
+            self.extractor = load_extractor(request.extractor, device)
             self.real.check(self.extractor, resize_rule(size))
 
     def draw(self, processes: Processes) -> None:
@@ -165,14 +171,17 @@ class _Work:
             self.tools,
         )
         measured = bench.measure(self.chosen)
+        cost, no_cost = self._cost_if_any()
         report = {
             **head(self.request, command, stamps),
             **set_facts(self.entrants, self.prompts, self.pairing),
             "reference": self.real.facts(),
             "metrics": measured.rows,
-            "skipped": [{"name": name, "reason": reason} for name, reason in self._skipped()],
+            "skipped": [
+                {"name": name, "reason": reason} for name, reason in self._skipped(no_cost)
+            ],
             "spectra": spectrum_curves(sets, self.real.folder),
-            "cost": self._cost() if self.selection.cost and self.request.generated else {},
+            "cost": cost,
         }
         samples = sample_rows(self.entrants, sets, self.pairing, measured.values, self.folder.path)
         with atomic_write(self.folder.samples, "w") as file:
@@ -181,11 +190,21 @@ class _Work:
         write_page(report, samples, self.folder.path)
         return report
 
-    def _skipped(self) -> list[tuple[str, str]]:
-        skipped = list(self.chosen.skipped)
-        if self.selection.cost and not self.request.generated:
-            skipped.append((COST, "pictures of a folder cost nothing"))
-        return skipped
+    def _skipped(self, no_cost: str) -> list[tuple[str, str]]:
+        return [*self.chosen.skipped, *([(COST, no_cost)] if no_cost else [])]
+
+    def _cost_if_any(self) -> tuple[dict[str, Any], str]:
+        """The costs, or {} and why there are none; "" where nobody asked."""
+        if not self.selection.cost:
+            return {}, ""
+        if not self.request.generated:
+            return {}, "pictures of a folder cost nothing"
+        try:
+            return self._cost(), ""
+        except RunFailed as error:
+            if COST in self.selection.named:
+                raise
+            return {}, str(error).rstrip(".")
 
     def _cost(self) -> dict[str, Any]:
         """The costs of the models, measured once for a device and a batch size."""
@@ -205,7 +224,7 @@ class _Work:
         except torch.OutOfMemoryError as error:
             raise RunFailed(
                 "out of memory while the costs were measured, for which all models are on the "
-                "device at once; give --metrics without cost. Everything else is kept."
+                "device at once: evaluate each alone, or in --dtype bf16"
             ) from error
         write_json(self.folder.cost, {"key": key, "cost": cost})
         return cost

@@ -46,7 +46,7 @@ def spectrum_curves(sets: Mapping[str, PictureSet], data: Path | None) -> dict[s
 def _curve(pictures: PictureSet, frequency: npt.NDArray[np.float64]) -> list[float]:
     total = np.zeros_like(frequency)
     count = 0
-    for batch in pictures.batches(_BATCH):
+    for batch in (piece for window in pictures.batches(_BATCH) for piece in window.pieces()):
         power = power_spectrum(batch.images).clamp(min=_FLOOR).log10().numpy()
         own = ring_frequencies(*batch.images.shape[-2:]).numpy()
         for row in power:

@@ -61,12 +61,12 @@ def measure_samples(
         block = {metric.name: torch.empty(stop - begin) for metric in due}
         filled = 0
         while filled < stop - begin:
-            batch = next(batches)
-            rows = torch.tensor(batch.indices) - begin
-            seen = _sample_batch(batch, pictures, other, tools)
-            for metric in due:
-                block[metric.name][rows] = metric.run(seen, tools)
-            filled += len(batch.indices)
+            for batch in next(batches).pieces():
+                rows = torch.tensor(batch.indices) - begin
+                seen = _sample_batch(batch, pictures, other, tools)
+                for metric in due:
+                    block[metric.name][rows] = metric.run(seen, tools)
+                filled += len(batch.indices)
         for metric in due:
             logs[metric.name].append(begin, stop, block[metric.name])
     return {metric_name: log.values for metric_name, log in logs.items()}

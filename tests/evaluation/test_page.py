@@ -52,6 +52,7 @@ def metric(name: str, kind: str, better: str | None, a: float, b: float | None, 
         "resize": f"rule of {name}",
         "n": 1234,
         "n_reference": 5678 if name == "frechet" else None,
+        "resamples": 1000,
         "seed": 77,
         "note": "",
         "values": values,
@@ -222,7 +223,9 @@ def test_a_prompt_stays_text(pair: Page) -> None:
 
 def test_each_number_carries_what_it_was_measured_with(pair: Page) -> None:
     for name in ("alignment", "high_frequency", "psnr"):
-        facts = f"n 1,234, seed 77extractor: network of {name}resize: rule of {name}"
+        facts = (
+            f"n 1,234, seed 77, 1,000 resamplesextractor: network of {name}resize: rule of {name}"
+        )
         assert facts in pair.text
     assert "n 1,234, reference n 5,678, seed 77" in pair.text
     assert "0.2500.200 to 0.300" not in pair.text

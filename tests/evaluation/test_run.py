@@ -130,14 +130,23 @@ def test_selection() -> None:
 
 def test_a_folder_remembers_its_request(tmp_path: Path) -> None:
     folder = EvaluationFolder(tmp_path / "out")
-    config = {"seed": 0, "metrics": ["a"], "resamples": None, "model": {"steps": 2}}
+    config = {"seed": 0, "metrics": ["ssim"], "resamples": None, "model": {"steps": 2}}
     folder.check(config, overwrite=False)
     folder.prepare(config, overwrite=False)
     folder.check(config, overwrite=False)
-    folder.check({**config, "metrics": ["b", "a"]}, overwrite=False)
+    folder.check({**config, "metrics": ["pairs"]}, overwrite=False)
+    folder.check({**config, "metrics": []}, overwrite=False)
+    folder.check({**config, "metrics": ["psnr"]}, overwrite=False)
+    folder.page.touch()
+    folder.check({**config, "metrics": ["pairs"]}, overwrite=False)
+    with pytest.raises(UserError, match="metrics"):
+        folder.check({**config, "metrics": ["psnr"]}, overwrite=False)
     with pytest.raises(UserError, match=r"model.steps \(2 there, 3 now\)"):
         folder.check({**config, "model": {"steps": 3}}, overwrite=False)
     folder.check({**config, "seed": 1}, overwrite=True)
+    folder.prepare({**config, "metrics": []}, overwrite=False)
+    with pytest.raises(UserError, match="metrics"):  # some, where everything is shown
+        folder.check(config, overwrite=False)
 
 
 def test_a_stamp_changes_with_the_files(real: Path, tmp_path: Path) -> None:
