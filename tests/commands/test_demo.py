@@ -95,3 +95,21 @@ def test_a_missing_model_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(words) == 2
     assert "no such model" in capsys.readouterr().err
     assert not (tmp_path / "demo" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [("flux", "25 steps of one call"), ("sd-v", "25 steps of two calls, for guidance")],
+)
+def test_the_model_panel_counts_the_calls_of_a_step(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, name: str, work: str
+) -> None:
+    """It said "guided steps" of two calls for Flux and unconditional models too."""
+    from diffkit.commands.panels import Stage
+    from diffkit.commands.panels.model import what_it_is
+    from diffkit.generation.card import Card
+    from diffkit.models.latent_diffusion import LatentDiffusion
+
+    model = LatentDiffusion.load(tiny_folder(name))
+    panel = what_it_is(Stage(model, str(tiny_folder(name)), (), Card(), 0, tmp_path))
+    assert dict(panel.table)["work a picture"].endswith(work)

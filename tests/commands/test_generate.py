@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -410,3 +412,14 @@ def test_two_processes_share_the_pictures(tiny_sd: Path, tmp_path: Path) -> None
     assert generate(*words, "--output", tmp_path / "one") == 0
     assert np.abs(pixels(tmp_path / "two") - pixels(tmp_path / "one")).max() <= 1
     assert (tmp_path / "two" / "contact_sheet.png").exists()
+
+
+def test_the_help_names_the_guidance_of_every_family() -> None:
+    """It named three families of eight."""
+    from diffkit.commands.generate import GenerateConfig
+    from diffkit.models.families import families
+
+    source = inspect.getsource(GenerateConfig)
+    told = source[source.index("    guidance: float") : source.index("    scheduler: str")]
+    scales = {f"{family.guidance_scale:g}" for family in families()}
+    assert scales <= set(re.findall(r"\d+(?:\.\d+)?", told))
