@@ -20,6 +20,8 @@ from tests.tiny_labels import CLASSES, NAMES
 from tests.training.test_resume import rows
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
+DROPOUT = ("--denoising.condition-dropout", "0.5")
+GUIDED = ("--validation-prompts", "PROMPTS", "--validation-guidance", 3)
 FOLDERS = ("black cat", "retriever", "red fox", "snow owl")
 
 
@@ -61,7 +63,7 @@ def test_class_conditional_runs_resume_and_load(command, classes, tmp_path, mode
 
 
 @pytest.mark.parametrize(
-    "model", ["pixel-class-no-null", slow("pixel"), slow("latent"), slow("pixel-edm")]
+    "model", ["pixel-class-no-null", "pixel", "latent", "pixel-edm"]
 )
 def test_the_others_train_too(command, classes, tmp_path, model):
     assert command("--max-steps", 2, model=model, data=classes) == 0
@@ -107,26 +109,32 @@ def test_validation_pictures_of_classes(command, classes, tmp_path):
     assert (tmp_path / "out" / "samples" / "step-00000001.png").is_file()
 
 
-def test_what_cannot_be_trained_is_refused_by_name(command, classes, pictures, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "model", "data", "message"),
+    [
+        (DROPOUT, "pixel-class-no-null", "classes", "no null class"),
+        ((), "pixel-class", "pictures", "the pictures have no classes"),
+        slow(
+            ("--lora-rank", 2), "pixel-class", "classes", "class-conditional pixel U-Net .*'lora'"
+        ),
+        slow(("--cache-embeddings",), "pixel-class", "classes", "read no captions"),
+        slow(("--max-aspect", 2), "dit", "classes", "max_aspect: class-conditional DiT"),
+        slow(GUIDED, "pixel-class-no-null", "classes", "guidance scale is 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(
+    command, tmp_path, capsys, request, flags, model, data, message
+):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("0\n")
-    dropout = ("--denoising.condition-dropout", "0.5")
-    guided = ("--validation-prompts", prompts, "--validation-guidance", 3)
-    cases = [
-        (("--lora-rank", 2), "pixel-class", classes, "class-conditional pixel U-Net .* 'lora'"),
-        (dropout, "pixel-class-no-null", classes, "no null class"),
-        (("--cache-embeddings",), "pixel-class", classes, "read no captions"),
-        (("--max-aspect", 2), "dit", classes, "max_aspect: class-conditional DiT"),
-        ((), "pixel-class", pictures, "the pictures have no classes"),
-        (guided, "pixel-class-no-null", classes, "guidance scale is 1"),
-    ]
-    for flags, model, data, message in cases:
-        assert command(*flags, model=model, data=data) == 2
-        error = " ".join(capsys.readouterr().err.split())
-        assert re.search(message, error), error
+    words = [prompts if flag == "PROMPTS" else flag for flag in flags]
+    assert command(*words, model=model, data=request.getfixturevalue(data)) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, error), error
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_dry_run(command, classes, capsys):
     assert command("--dry-run", model="latent-class", data=classes) == 0
     assert "parameters are trained" in capsys.readouterr().out
