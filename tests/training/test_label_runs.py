@@ -62,9 +62,8 @@ def test_class_conditional_runs_resume_and_load(command, classes, tmp_path, mode
     assert list(saved.names.values())[:CLASSES] == list(NAMES) and saved.null is not None
 
 
-@pytest.mark.parametrize(
-    "model", ["pixel-class-no-null", "pixel", "latent", "pixel-edm"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["pixel-class-no-null", "pixel", "latent", "pixel-edm"])
 def test_the_others_train_too(command, classes, tmp_path, model):
     assert command("--max-steps", 2, model=model, data=classes) == 0
     DiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
