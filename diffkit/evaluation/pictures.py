@@ -6,6 +6,7 @@ Rules, which every report names:
   scaled to 8 bits, palettes and CMYK converted, the first frame of an animation.
 - Without `size` every picture keeps its own size, and a network resizes it once, by its own rule.
   With `size` a picture of another size is scaled by Lanczos to cover it and its middle is cropped.
+- The contact sheet of `diffkit generate` is no picture of the set.
 - A picture that cannot be decoded is named and left out, when the set is opened; `skipped` counts.
 - A picture that changes or disappears after that ends the run: numbers of half a set are no use.
 """
@@ -34,6 +35,7 @@ from diffkit.data.prefetch import prefetch
 from diffkit.data.records import Size
 from diffkit.errors import RunFailed, UserError
 from diffkit.generation.recipe import RECIPE_KEY
+from diffkit.generation.run import SHEET_NAME
 
 __all__ = ["Batch", "PictureSet", "resize_rule", "to_float", "to_uint8"]
 
@@ -264,7 +266,7 @@ def _listing(folder: Path, num: int | None) -> tuple[list[str], list[str]]:
             f"{folder}: {layout.faults[0]} ({len(layout.faults)} fault(s) in all). "
             f"See everything with: diffkit data check {folder}"
         )
-    entries = layout.entries[:num]
+    entries = [entry for entry in layout.entries if entry.name != SHEET_NAME][:num]
     return (
         [entry.name for entry in entries],
         [entry.captions[0] if entry.captions else "" for entry in entries],

@@ -1,11 +1,11 @@
 """Bootstrap resamples of statistics that take an eigendecomposition, at a bounded price.
 
 A resample of the Frechet distance or of the Vendi score decomposes a (d, d) matrix: nothing at
-d = 128, seconds at Inception's 2048. For wide features two ways keep 200 of them affordable:
+d = 128, seconds at Inception's 2048. Two ways keep 200 of them affordable:
 
 - n <= d: everything is a function of an (n, n) Gram matrix that is computed once; a resample
   decomposes the rows that it drew, about 0.63 n.
-- n > d: `linearised`, with `FULL` full decompositions instead of all.
+- n > d > `WIDE`: `linearised`, with `FULL` full decompositions instead of all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffkit.evaluation.moments import Moments
 __all__ = ["FULL", "WIDE", "linearised", "per_row", "resampled_frechet", "resampled_vendi"]
 
 WIDE = 256
-"""Dimensions of features up to which every resample is computed in full."""
+"""Dimensions up to which every resample of many rows is computed in full."""
 
 FULL = 20
 """Resamples that `linearised` computes in full."""
@@ -77,10 +77,10 @@ def resampled_frechet(features: Tensor, own: Moments, real: Moments) -> tuple[Re
     """Resamples of `frechet_distance` of features (n, d), of moments `own`, and what to note."""
     n, width = features.shape
     label = "resamples of the Fréchet distance"
-    if width <= WIDE:
-        return per_row(lambda w: frechet_distance(Moments.of(features, w), real), label), ""
     if n <= width:
         return per_row(_gram_frechet(features, real), label), ""
+    if width <= WIDE:
+        return per_row(lambda w: frechet_distance(Moments.of(features, w), real), label), ""
     factor = real.factor
     values, vectors = torch.linalg.eigh(factor.T @ own.cov @ factor)
     kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1]

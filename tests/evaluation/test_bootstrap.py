@@ -174,3 +174,10 @@ def test_pivotal_interval_of_the_frechet_distance_holds_the_truth() -> None:
     print(f"of {simulations}: pivotal {pivotal}, percentile {percentile}")
     assert pivotal >= 0.9 * simulations
     assert percentile <= 0.1 * simulations
+
+
+def test_resamples_in_which_a_statistic_is_undefined_are_left_out() -> None:
+    """A kernel distance of one picture drawn n times is 0 / 0; NaN is no JSON."""
+    replicates = torch.linspace(0, 2, 101)
+    holes = torch.cat([replicates, torch.tensor([torch.nan] * 7)])
+    assert pivotal_interval(1.0, holes, 3) == pivotal_interval(1.0, replicates, 3)

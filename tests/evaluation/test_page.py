@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from diffkit.evaluation.cost_table import cost_groups
-from diffkit.evaluation.page import write_page
+from diffkit.evaluation.page import _whisker, write_page
 from diffkit.evaluation.wording import (
     amount,
     command_line,
@@ -430,3 +430,10 @@ def test_a_browser_has_nothing_to_complain_about(tmp_path: Path) -> None:
     run = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in run.stderr
     assert "420: true; " in run.stdout and "1300: true; " in run.stdout
+
+
+def test_a_value_beside_its_interval_stays_on_its_axis() -> None:
+    """A pivotal interval takes out the bias of finite n; the dot once lay outside the plot."""
+    for given in ({"value": 30.0, "low": 5.0, "high": 12.0}, {"value": -4, "low": -3, "high": -2}):
+        shown = _whisker(given, "lower", compared=False)
+        assert all(0 <= x <= 200 for x in (shown.low, shown.high, shown.value, shown.zero))

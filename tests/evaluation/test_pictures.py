@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from diffkit.assets import path
 from PIL import Image
 
 from diffkit.errors import RunFailed, UserError
-from diffkit.evaluation.pictures import PictureSet, to_float, to_uint8
+from diffkit.evaluation.pictures import Batch, PictureSet, to_float, to_uint8
 from diffkit.files import append_jsonl
 from diffkit.generation.recipe import Recipe, write_png
 
@@ -145,3 +146,20 @@ def test_the_shipped_sample():
     pictures = PictureSet.open(path("sample"))
     assert len(pictures) >= 128 and pictures.size == (64, 64)
     assert pictures.prompts[0] == "watermelon, noto style, white background"
+
+
+def test_the_contact_sheet_of_a_generated_folder_is_no_picture(tmp_path: Path) -> None:
+    """It once made a folder of `diffkit generate` a set of mixed sizes without prompts."""
+    for name in ("00000.png", "00001.png", "contact_sheet.png"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    assert PictureSet.open(tmp_path).names == ("00000.png", "00001.png")
+    assert PictureSet.open(tmp_path, num=2).names == ("00000.png", "00001.png")
+
+
+def test_large_pictures_are_measured_in_pieces() -> None:
+    """64 pictures of 1024x1024 in one spectrum once took ten gigabytes."""
+    pixels = torch.zeros(9, 1, 1, 1, dtype=torch.uint8).expand(9, 3, 1024, 1024)
+    pieces = list(Batch(tuple(range(9)), pixels).pieces())
+    assert [piece.indices for piece in pieces] == [(0, 1, 2, 3), (4, 5, 6, 7), (8,)]
+    huge = Batch((0, 1), pixels[:2, :, :1, :1].expand(2, 3, 4096, 4096))
+    assert [len(piece.indices) for piece in huge.pieces()] == [1, 1]

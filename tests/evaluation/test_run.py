@@ -20,6 +20,7 @@ from diffkit.evaluation.metrics.tools import Toolbox
 from diffkit.evaluation.pictures import PictureSet
 from diffkit.evaluation.plan import choose_prompts, pick
 from diffkit.evaluation.request import EvaluationRequest, Side, stamp
+from diffkit.evaluation.run import _bench_device, _stamps
 from diffkit.evaluation.selection import Selection
 from diffkit.evaluation.values import measure_samples
 from diffkit.evaluation.wording import verdict
@@ -156,6 +157,20 @@ def test_a_stamp_changes_with_the_files(real: Path, tmp_path: Path) -> None:
     os.utime(tmp_path / "a.png", ns=(1, 1))
     assert stamp(tmp_path) != before
     assert stamp("owner/name") == "owner/name"
+
+
+def test_all_processes_come_to_the_same_decision(tmp_path: Path) -> None:
+    """With a card each, one found the finished report and the other waited for it forever."""
+    model = Side("model", str(tmp_path))
+    stamps = [_stamps(EvaluationRequest(model, device=f"cuda:{rank}")) for rank in (0, 1)]
+    assert stamps[0] == stamps[1] != _stamps(EvaluationRequest(model))
+    assert _bench_device("mps") == "cpu"
+    assert _bench_device("cuda:1") == "cuda:1"
+
+
+def test_more_pictures_a_prompt_than_pictures(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--per-prompt 8: more than --num, which is 4"):
+        EvaluationRequest(Side("model", "embedded"), num=4, per_prompt=8).check()
 
 
 # -- values ---------------------------------------------------------------------------------------
