@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,19 @@ def test_peak_memory_is_that_of_a_process_of_its_own(model: LatentDiffusion) -> 
     before = peak_memory(subject(model, steps=1))
     assert before is not None
     assert before < 4 * len(ballast)
+
+
+@pytest.mark.parametrize("name", ["pixel"])
+def test_costs_of_models_without_text_or_without_a_codec(
+    name: str, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffkit.evaluation.costs._SECONDS", 0)
+    model = open_model(str(tiny_folder(name)), (), torch.float32, "cpu")
+    prompts = ("",) if name == "pixel" else ("red fox",)
+    scheduler = None if name == "pixel" else "ddim"
+    request = Request(prompts, model.source, num=2, steps=2, scheduler=scheduler)
+    cost = measure_costs({"model": Subject(model, tuple(plan(request, model)))}, 4)["model"]
+    stages = {"denoiser"} if name == "pixel" else {"denoiser", "decode"}
+    assert set(cost["macs"]) - {"picture"} == set(cost["seconds"]) - {"picture"} == stages
+    assert min(cost["macs"].values()) > 0
+    assert cost["batch_size"] == 2  # there are no more recipes
