@@ -50,7 +50,7 @@ def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[s
     assert main(["genrate", "a"]) == 2
     assert "genrate: no such command. Did you mean generate?" in capsys.readouterr().err
     assert main(["xyzzy"]) == 2
-    assert "Known: data, demo, generate" in capsys.readouterr().err
+    assert "Known: data, demo, evaluate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["data"], ["data", "--help"], ["train", "--help"]])

@@ -110,8 +110,12 @@ def _watched(model: LatentDiffusion, clock: _Clock) -> Iterator[Timing]:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             marks[stage].append(clock.mark())
 
-        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(part.register_forward_hook(after))
+        # The codec may call a decoder's blocks one by one: from its first layer to its last.
+        blocks = stage == "decode" and hasattr(part, "conv_in") and hasattr(part, "conv_out")
+        opening: Any = part.conv_in if blocks else part
+        closing: Any = part.conv_out if blocks else part
+        handles.append(opening.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(closing.register_forward_hook(after))
 
     for stage, parts in stages_of(model).items():
         for part in parts:

@@ -93,7 +93,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own(model: LatentDiffusion) -> 
     assert before < 4 * len(ballast)
 
 
-@pytest.mark.parametrize("name", ["pixel"])
+@pytest.mark.parametrize("name", ["pixel", "dit"])
 def test_costs_of_models_without_text_or_without_a_codec(
     name: str, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
