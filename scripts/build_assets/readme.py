@@ -38,10 +38,11 @@ def captions(data: Path) -> list[str]:
     for pair in read_pairs(data, heldout=False):
         by_concept.setdefault(pair.concept, {})[pair.style] = pair.caption
     chosen = []
-    for i, styles in enumerate(by_concept.values()):
+    concepts = list(by_concept.values())
+    for i, styles in enumerate(concepts[:: max(1, len(concepts) // SHEET)][:SHEET]):
         turned = [STYLES[(i + k) % len(STYLES)] for k in range(len(STYLES))]
         chosen.append(next(styles[style] for style in turned if style in styles))
-    return chosen[:: max(1, len(chosen) // SHEET)][:SHEET]
+    return chosen
 
 
 def draw_sheet(data: Path, work: Path, target: Path) -> None:
