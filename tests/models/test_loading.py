@@ -152,8 +152,10 @@ def test_wrong_folder_layout_says_what_the_folder_is(tiny_sd, tmp_path):
         load(tmp_path / "empty")
     with pytest.raises(UserError, match="single component; give the pipeline folder, perhaps"):
         load(tiny_sd / "unet")
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "sd").symlink_to(tiny_sd)  # the fixtures' own folder holds others too
     with pytest.raises(UserError, match="There is a model inside it: .*sd"):
-        load(tiny_sd.parent)
+        load(tmp_path / "outer")
     (tmp_path / "lora").mkdir()
     save_file({"x": torch.ones(1)}, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     with pytest.raises(UserError, match="holds a LoRA"):
