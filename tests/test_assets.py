@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffkit.assets import path
 from diffusers import StableDiffusionPipeline
-from gates import background_of
 
 from diffkit.data.check import check
 from diffkit.errors import UserError
+from diffkit.evaluation.metrics.captions import background_of
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample

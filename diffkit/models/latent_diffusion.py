@@ -16,7 +16,7 @@ from diffkit.models.codec_kinds import open_codec
 from diffkit.models.conditioner import Conditioner
 from diffkit.models.denoiser import Denoiser, set_attention
 from diffkit.models.families import Family, PipelineKind, family_of
-from diffkit.models.loading import EMBEDDED, load_pipeline, quiet_libraries, resolve
+from diffkit.models.loading import EMBEDDED, is_hub_id, load_pipeline, quiet_libraries, resolve
 from diffkit.models.model_card import ModelCard, write_model_card
 from diffkit.models.schedule import Schedule
 
@@ -191,6 +191,7 @@ class LatentDiffusion:
         self._restore_encoders()
         with atomic_directory(folder, overwrite=overwrite) as place, quiet_libraries():
             self._pipeline.save_pretrained(place, safe_serialization=True)
+            _forget_folders(place)
             self._save_classes(place)
             write_model_card(place, ModelCard.of(self), title=Path(folder).name)
         return Path(folder)
@@ -217,3 +218,13 @@ class LatentDiffusion:
 
     def _freed_names(self) -> list[str]:
         return [] if self.conditioner.encoders else list(self.family.text_components)
+
+
+def _forget_folders(place: Path) -> None:
+    """Leave out of the configs from which folder of this machine each part was read."""
+    for path in (*place.glob("*.json"), *place.glob("*/*.json")):
+        values = read_json(path)
+        source = values.get("_name_or_path") if isinstance(values, dict) else None
+        if isinstance(source, str) and not is_hub_id(source):
+            del values["_name_or_path"]
+            write_json(path, values)

@@ -10,23 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffkit.evaluation.metrics.captions import BACKGROUNDS
+
+__all__ = ["BACKGROUNDS", "SIZE", "STYLES", "composite", "read_json", "stable_fraction"]
+
 SIZE = 64
 """Edge of every picture, in pixels."""
 
 STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
 """Caption names of the four emoji sets, in the order of the style axis of `rgba.npy`."""
-
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "white": (255, 255, 255),
-    "gray": (128, 128, 128),
-    "red": (214, 40, 40),
-    "orange": (247, 127, 0),
-    "yellow": (252, 220, 60),
-    "green": (46, 139, 70),
-    "blue": (40, 90, 210),
-    "purple": (125, 50, 160),
-}
-"""Background colours that captions name, as 8-bit sRGB."""
 
 
 def composite(rgba: NDArray[np.uint8], rgb: tuple[int, int, int]) -> NDArray[np.uint8]:

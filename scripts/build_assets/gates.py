@@ -17,19 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import BACKGROUNDS, stable_fraction
+from common import stable_fraction
 from PIL import Image
 from torch import Tensor
 
 from diffkit.console import progress, say
+from diffkit.evaluation.metrics.captions import background_of
 from diffkit.files import read_jsonl, write_json
 from diffkit.generation.card import read_card
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
 from diffkit.randomness import normal
-
-CORNER = 4  # pixels of each corner square that are background in every picture
 
 
 @dataclass(frozen=True)
@@ -100,18 +99,6 @@ def generate(
 def nearest(images: Tensor, real: Tensor) -> Tensor:
     """Index (B,) of the real picture with the least squared pixel distance."""
     return torch.cdist(images.flatten(1), real.flatten(1)).argmin(1)
-
-
-def background_of(images: Tensor) -> list[str]:
-    """The palette colour nearest to the mean of the four corners."""
-    palette = torch.tensor(list(BACKGROUNDS.values())).float() / 127.5 - 1
-    c = CORNER
-    corners = [
-        images[..., y, x] for y in (slice(c), slice(-c, None)) for x in (slice(c), slice(-c, None))
-    ]
-    mean = torch.stack(corners).mean((0, 3, 4))
-    names = list(BACKGROUNDS)
-    return [names[i] for i in torch.cdist(mean, palette).argmin(1).tolist()]
 
 
 def score(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from diffkit.assets import path
-from gates import background_of as background_of_gates
 
 from diffkit.evaluation.metrics.base import SampleBatch
 from diffkit.evaluation.metrics.captions import BACKGROUNDS, Caption, background_of
@@ -74,10 +73,6 @@ def test_the_palette_names_itself():
     colours = to_float(torch.tensor(list(BACKGROUNDS.values()), dtype=torch.uint8))
     images = colours[:, :, None, None].expand(-1, 3, 48, 80)
     assert background_of(images) == list(BACKGROUNDS)
-
-
-def test_backgrounds_are_those_of_the_gates(sample):
-    assert background_of(sample[0]) == background_of_gates(sample[0])
 
 
 @pytest.mark.parametrize(
