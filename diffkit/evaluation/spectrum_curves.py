@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffkit.evaluation.pictures import PictureSet
-from diffkit.evaluation.spectra import power_spectrum, ring_frequencies
+from diffkit.perceptual.spectra import power_spectrum, ring_frequencies
 
 __all__ = ["PICTURES", "spectrum_curves"]
 

@@ -7,13 +7,10 @@ from torch import Tensor
 
 from diffkit.evaluation.metrics.base import SampleBatch, SampleMetric, Situation
 from diffkit.evaluation.metrics.tools import Toolbox
-from diffkit.evaluation.spectra import high_frequency_energy
-from diffkit.models.named_weights import optional_module
+from diffkit.perceptual import pixels
+from diffkit.perceptual.spectra import high_frequency_energy
 
 __all__ = ["HIGH_FREQUENCY", "LPIPS", "PSNR", "SSIM"]
-
-PSNR_CEILING = 100.0
-"""dB given to equal pictures, whose PSNR is infinite, and to nearly equal ones above it."""
 
 
 def high_frequency(batch: SampleBatch, tools: Toolbox) -> Tensor:
@@ -23,23 +20,12 @@ def high_frequency(batch: SampleBatch, tools: Toolbox) -> Tensor:
 
 def psnr(batch: SampleBatch, tools: Toolbox) -> Tensor:
     """Peak signal-to-noise ratio (B,) in dB over the range of 8-bit pixels, at most 100."""
-    functional = optional_module("torchmetrics.functional.image", "evaluate", "the metric psnr")
-    values: Tensor = functional.peak_signal_noise_ratio(
-        batch.images, _other(batch), data_range=2.0, reduction="none", dim=(1, 2, 3)
-    )
-    return values.clamp(max=PSNR_CEILING).float().cpu()
+    return pixels.psnr(batch.images, _other(batch)).cpu()
 
 
 def ssim(batch: SampleBatch, tools: Toolbox) -> Tensor:
     """Structural similarity (B,), Wang et al. 2004, on pixels in [0, 1], Gaussian window 11."""
-    functional = optional_module("torchmetrics.functional.image", "evaluate", "the metric ssim")
-    # Its constants are for luminances that begin at 0: in [-1, 1] grey would count as black.
-    # In float32 the variances of a plain area are rounding alone.
-    mine, other = ((images.double() + 1) / 2 for images in (batch.images, _other(batch)))
-    values: Tensor = functional.structural_similarity_index_measure(
-        mine, other, data_range=1.0, reduction="none"
-    )
-    return values.reshape(-1).float().cpu()
+    return pixels.ssim(batch.images, _other(batch)).cpu()
 
 
 def lpips(batch: SampleBatch, tools: Toolbox) -> Tensor:

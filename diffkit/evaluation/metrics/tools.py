@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,20 +14,15 @@ from diffkit.errors import UserError
 from diffkit.evaluation.extractors import EMBEDDED_RESIZE
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.fingerprint import fingerprint_module
-from diffkit.models.named_weights import load_named_weights, optional_module
 from diffkit.models.text_image_scorer import TextImageScorer
+from diffkit.perceptual.lpips import load_lpips, lpips_name
 
-__all__ = ["NETWORKS", "Scorer", "Toolbox", "load_lpips", "load_scorer"]
+__all__ = ["NETWORKS", "Scorer", "Toolbox", "load_scorer"]
 
 NETWORKS = frozenset({"scorer", "classifier", "lpips"})
 """What a metric may need of a `Toolbox`."""
 
 _TEXTS = 64  # texts a call of the text tower
-_BACKBONES = {
-    "alex": ("alexnet", "alexnet-owt-7be5be79.pth"),
-    "vgg": ("vgg16", "vgg16-397923af.pth"),
-}
-_BACKBONE_URL = "https://download.pytorch.org/models/"
 
 
 @dataclass(frozen=True)
@@ -71,44 +64,12 @@ def load_scorer(spec: str, device: torch.device) -> Scorer:
     )
 
 
-def load_lpips(spec: str, device: torch.device) -> Any:
-    """The LPIPS network of the package lpips (version 0.1) with a backbone from a file.
-
-    `spec` is "alex", "vgg" (the backbone from torch hub's cache folder), "alex:PATH" or "vgg:PATH".
-    The linear layers come with the package; nothing is downloaded. Raises `UserError`.
-    """
-    kind, _, path = spec.partition(":")
-    if kind not in _BACKBONES:
-        raise UserError(f"lpips {spec!r}: unknown. Known: alex, vgg, alex:PATH, vgg:PATH.")
-    lpips = optional_module("lpips", "evaluate", "the metric lpips")
-    name, cached = _BACKBONES[kind]
-    file = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / cached
-    if not path and not file.is_file():
-        raise UserError(
-            f"lpips: the weights of its backbone {name} are not on this machine. Download "
-            f"{_BACKBONE_URL}{cached} and give the file as {kind}:PATH."
-        )
-    state = load_named_weights(file)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torchvision's, about how lpips calls it
-        # `pnet_rand` keeps torchvision from downloading the backbone.
-        network = lpips.LPIPS(net=kind, pnet_rand=True, verbose=False)
-    # slice2.3.weight of lpips is features.3.weight of torchvision.
-    wanted = {key: f"features.{key.partition('.')[2]}" for key in network.net.state_dict()}
-    try:
-        network.net.load_state_dict({key: state[source] for key, source in wanted.items()})
-    except (KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{file}: are not weights of torchvision's {name} ({first}).") from error
-    return network.to(device).eval().requires_grad_(False)
-
-
 class Toolbox:
     """Networks by need: "scorer", "classifier", "lpips".
 
     Arguments:
         device: where they run.
-        scorer, lpips: see `load_scorer` and `load_lpips`.
+        scorer, lpips: see `load_scorer` and `perceptual.lpips.load_lpips`.
         prompts: of the run, in any order and with repeats: retrieval and the classifier choose
             among what these name.
     """
@@ -164,7 +125,7 @@ class Toolbox:
             return self.scorer.label
         return {
             "classifier": "diffkit feature network",
-            "lpips": f"lpips 0.1, {_BACKBONES[self.lpips_spec.partition(':')[0]][0]}",
+            "lpips": lpips_name(self.lpips_spec),
         }[need]
 
     def resize(self, need: str) -> str:

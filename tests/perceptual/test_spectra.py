@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from diffkit import randomness
-from diffkit.evaluation.spectra import high_frequency_energy, power_spectrum, ring_frequencies
+from diffkit.perceptual.spectra import high_frequency_energy, power_spectrum, ring_frequencies
 
 
 def noise(count: int = 4, height: int = 64, width: int = 64) -> Tensor:
