@@ -151,6 +151,17 @@ class Codec:
         pieces = [self._cast, *cuts(self._encoder(), checkpoint), head]
         return chain_vjp(pieces, _at_least_float32(images), _as_function(cotangent))[1]
 
+    def encode_moments_vjp(
+        self,
+        images: Tensor,
+        cotangent: Tensor | Callable[[Tensor], Tensor],
+        checkpoint: Checkpoint = "resnet",
+    ) -> Tensor:
+        """As `encode_vjp`, of `encode_moments`: the cotangent (B, 2C, h, w) is that of moments."""
+        self._check_images(images)
+        pieces = [self._cast, *cuts(self._encoder(), checkpoint), _at_least_float32]
+        return chain_vjp(pieces, _at_least_float32(images), _as_function(cotangent))[1]
+
     # -- decoding -----------------------------------------------------------------------------
 
     def decode(

@@ -143,6 +143,15 @@ class LatentDiffusion:
         return self.codec.factor * self.denoiser.geometry.patch
 
     @property
+    def working_multiple(self) -> int:
+        """Picture sides at multiples of this pass through every level without padding or cropping.
+
+        The codec's factor times the patch size, or for a U-Net times all of its downsampling.
+        """
+        blocks = self.denoiser.model.config.get("down_block_types") or ("",)  # type: ignore[union-attr, operator]
+        return self.codec.factor * max(self.denoiser.geometry.patch, 2 ** (len(blocks) - 1))
+
+    @property
     def default_size(self) -> int:
         """The side in pixels that the model was trained at, from its own config."""
         return self.denoiser.geometry.sample[0] * self.codec.factor

@@ -1,0 +1,1 @@
+"""Mimicry protection: a loss and a budget, one PGD loop, and what surrounds them."""

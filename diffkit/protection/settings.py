@@ -1,0 +1,146 @@
+"""What a user chooses of a method; everything that shapes the bytes of the result is in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from diffkit.errors import UserError
+from diffkit.protection.budget import check_levels
+from diffkit.protection.methods import Method, method_named
+from diffkit.protection.pgd import StepRule
+from diffkit.protection.targets import check_target
+from diffkit.protection.transforms import parse_transforms
+
+__all__ = ["STRENGTHS", "Settings"]
+
+STRENGTHS = {"low": 4, "medium": 8, "high": 16}
+"""Budgets in levels by their names."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method and its options. None means the method's own usual value, see `METHODS`.
+
+    Attributes:
+        method: a name of `METHODS`.
+        levels: the budget k, 0 to 32.
+        steps: sign steps (for methods that train a surrogate: over all rounds).
+        step_levels: size of a step in levels.
+        prompt: what the denoiser is told; of a model of classes the name or number of one.
+        target: "text:WORD", "checker", a picture file, or "zero" for an empty encoding.
+        t_range: fractions of the time axis between which times are drawn, 1 being noise.
+        times: "uniform" in t_range, or "greedy" by SimAC's choice.
+        draws: gradients averaged in a step.
+        sampled: encode to samples of the posterior instead of its mean.
+        transforms: input transforms that the attack is to survive, one a draw.
+        views: views of a step; None lets the device and the method decide.
+        tiles: look at all of a large picture in tiles at the model's resolution.
+        ensemble: further models whose autoencoders are attacked too.
+        momentum: of the steps; 0 is none.
+        decay: shrink the steps to 1 % towards the end.
+        norm: "linf" or "l2".
+        random_start: begin at a random point of the box.
+        keep_best: return the iterate with the best score instead of the last.
+        contrast: give flat areas less of the budget, down to a quarter.
+        output_kind: what ACE pulls to the target: the network's own output or its noise.
+        residual_weight: of the residual in sdst, 5 or 1 in its paper.
+        seed: of all draws, together with the file's bytes.
+    """
+
+    method: str = "texture"
+    levels: int | None = None
+    steps: int | None = None
+    step_levels: float | None = None
+    prompt: str | None = None
+    target: str | None = None
+    t_range: tuple[float, float] = (0.0, 1.0)
+    times: Literal["uniform", "greedy"] = "uniform"
+    draws: int | None = None
+    sampled: bool = False
+    transforms: tuple[str, ...] = ()
+    views: int | None = None
+    tiles: bool = False
+    ensemble: tuple[str, ...] = ()
+    momentum: float = 0.0
+    decay: bool = False
+    norm: Literal["linf", "l2"] | None = None
+    random_start: bool | None = None
+    keep_best: bool = False
+    contrast: bool = False
+    output_kind: Literal["native", "eps"] | None = None
+    residual_weight: float | None = None
+    seed: int = 0
+
+    @property
+    def row(self) -> Method:
+        """The method's row."""
+        return method_named(self.method)
+
+    def rule(self) -> StepRule:
+        """How the loop walks, with the method's usual values filled in."""
+        row = self.row
+        start = row.random_start if self.random_start is None else self.random_start
+        return StepRule(
+            levels=_or(self.levels, row.levels),
+            steps=_or(self.steps, row.steps),
+            step_levels=_or(self.step_levels, row.step_levels),
+            random_start=start,
+            decay=self.decay,
+            momentum=self.momentum,
+            norm=_or(self.norm, row.norm),
+            keep_best=self.keep_best,
+        )
+
+    @property
+    def shown_target(self) -> str:
+        """The target that is drawn; "" for a method without one."""
+        return _or(self.target, self.row.target)
+
+    @property
+    def shown_prompt(self) -> str:
+        """The prompt that is used; "" where the method reads none."""
+        return _or(self.prompt, self.row.prompt) if self.row.denoiser != "none" else ""
+
+    def check(self) -> None:
+        """Raise `UserError` for unknown names, impossible values, and options that do nothing."""
+        row = self.row
+        self.rule().check()
+        if self.levels is not None:
+            check_levels(self.levels)
+        self._check_idle(row)
+        low, high = self.t_range
+        if not 0 <= low < high <= 1:
+            raise UserError(f"t_range: {low:g}-{high:g} must satisfy 0 <= low < high <= 1.")
+        if self.draws is not None and self.draws < 1:
+            raise UserError(f"draws: {self.draws} must be at least 1.")
+        if self.views is not None and self.views < 1:
+            raise UserError(f"views: {self.views} must be at least 1, the whole picture.")
+        if row.needs_start and self.random_start is False:
+            raise UserError(
+                f"random_start: {row.name} needs it; at the picture itself its gradient is exactly "
+                "0 and nothing would move."
+            )
+        parse_transforms(",".join(self.transforms))
+        if self.shown_target not in ("", "zero"):
+            check_target(self.shown_target)
+
+    def _check_idle(self, row: Method) -> None:
+        usual = Settings(self.method)
+        if row.loss is None:
+            allowed = {"method", "levels", "seed", "contrast"}
+        else:
+            chosen = {"prompt", "target", "t_range", "times", "draws", "tiles", "ensemble", "norm",
+                      "output_kind", "residual_weight"}  # fmt: skip
+            allowed = {field.name for field in fields(self)} - (chosen - row.options)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != getattr(usual, field.name) and field.name not in allowed:
+                name = field.name.replace("_", "-")
+                raise UserError(f"--{name}: does nothing for the method {row.name}; leave it out.")
+        if self.times == "greedy" and self.t_range != (0.0, 1.0):
+            raise UserError("--t-range: the greedy choice of times has none; leave it out.")
+
+
+def _or(value: Any, usual: Any) -> Any:
+    return usual if value is None else value
