@@ -12,9 +12,10 @@ from diffkit.console import set_quiet
 from diffkit.errors import UserError
 
 if TYPE_CHECKING:
-    from diffkit.evaluation.cost import Cost, ModelCost, Rates
+    from diffkit.evaluation.cost import ModelCost
     from diffkit.generation.card import Card
     from diffkit.generation.pictures import Size
+    from diffkit.models.cost import Cost, Rates
     from diffkit.models.latent_diffusion import LatentDiffusion
 
 __all__ = ["InfoConfig", "configs", "describe", "main"]
@@ -64,10 +65,11 @@ def main(config: InfoConfig) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
 
-    from diffkit.evaluation.cost import measure_rates, model_cost
+    from diffkit.evaluation.cost import model_cost
     from diffkit.generation.card import read_card
     from diffkit.generation.engine import choose_device, choose_dtype, size_rule
     from diffkit.generation.pictures import parse_size
+    from diffkit.models.cost import measure_rates
     from diffkit.models.skeleton import skeleton
 
     size = None if config.size is None else parse_size(config.size)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffkit.console import say
-from diffkit.evaluation.cost import ModelCost, model_cost, parameter_count
+from diffkit.evaluation.cost import ModelCost, model_cost
 from diffkit.evaluation.latency import (
     STAGES,
     Subject,
@@ -16,6 +16,7 @@ from diffkit.evaluation.latency import (
     time_rounds,
 )
 from diffkit.evaluation.memory import peak_memory
+from diffkit.models.cost import parameter_count
 
 __all__ = ["measure_costs"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffkit.evaluation.cost import Rates, count, measure_rates, model_cost, parameter_count
+from diffkit.evaluation.cost import model_cost
+from diffkit.models.cost import Rates, count, measure_rates, parameter_count
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.skeleton import skeleton
 

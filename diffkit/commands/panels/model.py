@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from diffkit.commands.panels import Panel, Stage
-from diffkit.evaluation.cost import model_cost, parameter_count
+from diffkit.evaluation.cost import model_cost
 from diffkit.generation.engine import size_rule
+from diffkit.models.cost import parameter_count
 from diffkit.models.skeleton import skeleton
 
 
