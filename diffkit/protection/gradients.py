@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate
 
 from diffkit.models.conditioner import Sizes
 from diffkit.protection.methods import Method
+from diffkit.protection.outline import shrink_outline
 from diffkit.protection.scene import Scene
 from diffkit.protection.surrogate import Surrogate
 from diffkit.protection.targets import draw_target
@@ -232,6 +233,9 @@ class ImageGradient:
         if self.pictures.keep is not None:
             kept = self.pictures.keep
             keep = torch.cat([view.mask(kept[i : i + 1]) for i, view in enumerate(views)])
+        if keep is not None and self.method.shrinks_mask and step >= 0:
+            rows = zip(keep, self.pictures.seeds, strict=True)
+            keep = torch.stack([shrink_outline(row, (seed, step)) for row, seed in rows])
         if keep is not None and self.surrogates[number].inpaints:
             # what an inpainting model is given: the picture without what is to be painted
             images = images * keep

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diffkit.errors import UserError
+from diffkit.protection import editing
 from diffkit.protection import scene_losses as losses
 from diffkit.protection.scene_losses import Loss
 
@@ -35,6 +36,7 @@ class Method:
         target: the default target picture, "" for a method without one.
         needs_start: it compares with the clean picture's moments.
         edits: it protects against inpainting: its mask says what an editor keeps.
+        shrinks_mask: each step sees another, smaller outline of the kept region.
         steps, step_levels: usual number of sign steps and their size in levels.
         random_start: it begins at a random point of the box.
         norm: of the steps, "linf" (sign) or "l2".
@@ -53,6 +55,7 @@ class Method:
     target: str = ""
     needs_start: bool = False
     edits: bool = False
+    shrinks_mask: bool = False
     steps: int = 100
     step_levels: float = 1.0
     random_start: bool = False
@@ -183,6 +186,31 @@ _ROWS = (
         losses.semantic,
         steps=300,
         joint="aspl",
+    ),
+    _row(
+        _DENOISING,
+        "photoguard-diffusion",
+        "spoil the result of a whole edit",
+        editing.photoguard_diffusion,
+        prompt="",
+        edits=True,
+        steps=200,
+        norm="l2",
+        levels=16,
+        draws=4,
+        options=frozenset({"prompt", "draws", "norm"}),
+    ),
+    _row(
+        _DENOISING,
+        "diffusionguard",
+        "spoil the first step of inpainting",
+        editing.diffusion_guard,
+        prompt="",
+        edits=True,
+        steps=200,
+        step_levels=0.5,
+        shrinks_mask=True,
+        options=frozenset({"prompt", "draws"}),
     ),
 )
 

@@ -30,6 +30,7 @@ class Surrogate:
         cond: the prompt, a batch of one, encoded once; or None.
         null: the empty prompt, a batch of one, for classifier-free guidance; or None.
         told: guidance scale told to a network with a guidance embedding, or None.
+        prompted: the prompt is not the empty one.
     """
 
     codec: Codec
@@ -38,6 +39,7 @@ class Surrogate:
     cond: Conditioning | None = None
     null: Conditioning | None = None
     told: float | None = None
+    prompted: bool = True
 
     @classmethod
     def of(cls, model: LatentDiffusion, prompt: str) -> Surrogate:
@@ -57,6 +59,7 @@ class Surrogate:
             cond.to(device),
             None if null is None else null.to(device),
             told,
+            prompt != "",
         )
 
     @property
@@ -94,10 +97,13 @@ class Surrogate:
         cond = replace(cond, time_ids=None).expand(len(sizes))
         return self.conditioner.with_sizes(cond, sizes)
 
-    def output(self, z_t: Tensor, t: Tensor, sizes: Sequence[Sizes]) -> Tensor:
-        """The network's own output (B, C, h, w) at z_t, float32 at least, without guidance."""
+    def output(self, z_t: Tensor, t: Tensor, sizes: Sequence[Sizes], empty: bool = False) -> Tensor:
+        """The network's own output (B, C, h, w) at z_t, float32 at least, without guidance.
+
+        `empty`: told the empty prompt.
+        """
         told = None if self.told is None else torch.full((len(z_t),), self.told).to(z_t)
-        output = self.network(z_t, t, self.conditioning(sizes), told)
+        output = self.network(z_t, t, self.conditioning(sizes, empty), told)
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def predict(self, z_t: Tensor, t: Tensor, sizes: Sequence[Sizes]) -> Prediction:
