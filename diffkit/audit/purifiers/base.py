@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from diffkit.errors import UserError
+from diffkit.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from diffkit.models.latent_diffusion import LatentDiffusion
 
-__all__ = ["Amount", "Kind", "Models", "ModelUse", "Purifier", "Work", "to_pixels", "to_signed"]
+__all__ = ["Amount", "Kind", "ModelUse", "Models", "Purifier", "Work"]
 
 Work = Callable[[Tensor, int], Tensor]
 """(pixels uint8 (3, H, W), seed) -> pixels uint8 (3, H, W)."""
@@ -173,7 +173,13 @@ class Purifier:
             )
         self.prepare()
         assert self._work is not None
-        result = self._work(pixels.cpu(), seed).cpu()
+        try:
+            result = self._work(pixels.cpu(), seed).cpu()
+        except torch.OutOfMemoryError as error:
+            raise RunFailed(
+                f"{self.name}: out of memory with a picture of {pixels.shape[2]}x"
+                f"{pixels.shape[1]}; leave this purifier out, or try --dtype bf16."
+            ) from error
         assert result.dtype == torch.uint8 and result.shape == pixels.shape, self.name
         return result.clone() if result is pixels else result
 
@@ -182,13 +188,3 @@ class Purifier:
         if len(pictures) != len(seeds):
             raise ValueError(f"{len(pictures)} pictures with {len(seeds)} seeds")
         return [self(pixels, seed) for pixels, seed in zip(pictures, seeds)]
-
-
-def to_signed(pixels: Tensor) -> Tensor:
-    """pixels / 127.5 - 1: uint8 of any shape -> float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
-def to_pixels(x: Tensor) -> Tensor:
-    """round((x + 1) 127.5) limited to 0..255: floats of any shape -> uint8."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

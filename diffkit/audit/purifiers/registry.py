@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 
 from diffkit.audit.purifiers.base import Kind, Models, Purifier
+from diffkit.audit.purifiers.cleaner import CLEANER
+from diffkit.audit.purifiers.latent import LATENT
+from diffkit.audit.purifiers.pixel_diffusion import PIXEL_DIFFUSION
 from diffkit.audit.purifiers.plain import PLAIN
+from diffkit.audit.purifiers.upscale import UPSCALE
 from diffkit.errors import UserError
 
 __all__ = ["DEFAULT_PURIFIERS", "PURIFIERS", "known_purifiers", "parse_purifiers"]
 
-PURIFIERS: dict[str, Kind] = {kind.name: kind for kind in (*PLAIN,)}
+PURIFIERS: dict[str, Kind] = {
+    kind.name: kind for kind in (*PLAIN, *CLEANER, *LATENT, *PIXEL_DIFFUSION, *UPSCALE)
+}
 
 DEFAULT_PURIFIERS = "jpeg90,jpeg75,jpeg50,resize,crop,noise0.05,noise0.1"
 """What costs seconds on a CPU and no second model."""
