@@ -30,6 +30,7 @@ __all__ = [
     "Saved",
     "count",
     "count_gradient",
+    "count_vjp",
     "measure_rates",
     "parameter_count",
     "saved_for_backward",
@@ -76,7 +77,7 @@ class GradientCost:
     Attributes:
         forward: with a graph.
         backward: with what checkpointed blocks compute again.
-        saved_elements: numbers that autograd keeps between the two, weights not counted.
+        saved_elements: numbers that are kept between the two, weights not counted.
     """
 
     forward: Cost
@@ -322,6 +323,26 @@ def count_gradient(
         )
         backward = counter.take()
     return GradientCost(forward, backward, saved.elements)
+
+
+@torch.enable_grad()
+def count_vjp(run: Callable[[Callable[[Tensor], Tensor]], object]) -> GradientCost:
+    """Count a vector-Jacobian product that makes its own passes, as those of `Codec` do.
+
+    Args:
+        run: is given `cotangent`, calls it once with the result of its forward pass, and pulls
+            what that returns back.
+    """
+    counter, passed = _Counter(), []
+
+    def cotangent(result: Tensor) -> Tensor:
+        passed.append((counter.take(), counter.live.live - result.numel()))
+        return torch.empty_like(result)
+
+    with counter.running():
+        run(cotangent)
+    ((forward, kept),) = passed
+    return GradientCost(forward, counter.take(), kept)
 
 
 def parameter_count(module: nn.Module) -> int:
