@@ -18,7 +18,7 @@ PURIFIERS: dict[str, Kind] = {
     kind.name: kind for kind in (*PLAIN, *CLEANER, *LATENT, *PIXEL_DIFFUSION, *UPSCALE)
 }
 
-DEFAULT_PURIFIERS = "jpeg90,jpeg75,jpeg50,resize,crop,noise0.05,noise0.1"
+DEFAULT_PURIFIERS = "jpeg90,jpeg75,jpeg50,resize,crop,adverse-cleaner,noise0.05,noise0.1"
 """What costs seconds on a CPU and no second model."""
 
 _ITEM = re.compile(r"(?P<name>[a-z]+(?:-[a-z]+)*)(?P<amount>[0-9.]*)(?::(?P<source>.+))?")

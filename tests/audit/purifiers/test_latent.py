@@ -44,21 +44,22 @@ def test_round_trip_is_the_codecs(model):
     assert torch.equal(found, one("vae", Models(model))(pixels, 6))
 
 
-def test_sdedit_of_little_strength_is_the_round_trip(model):
+def test_sdedit_of_little_strength_nears_the_round_trip(model):
+    """One step of a hundred; this decoder of random weights shows it, so there is no equality."""
     pixels, models = picture(), Models(model, prompt="a")
     there = one("vae", models)(pixels, 1)
-    small, large = (one(f"sdedit{s}", models)(pixels, 1) for s in (0.01, 0.5))
-    assert distance(small, there) < 0.2 * distance(large, there)
+    far = [distance(one(f"sdedit{s}", models)(pixels, 1), there) for s in (0.01, 0.05, 0.3)]
+    assert far[0] < far[1] < far[2] and far[0] < 0.5 * far[2]
 
 
 def test_the_seed_is_the_noise_and_twins_share_it(model):
     """Two versions of a picture get one noise: their edits differ less than two seeds' do."""
-    purifier = one("sdedit0.5", Models(model, prompt="a"))
+    purifier = one("sdedit0.2", Models(model, prompt="a"))
     pixels = picture().clamp(1, 254)
     first, again = purifier(pixels, 1), purifier(pixels, 1)
     assert torch.equal(first, again)
     assert distance(first, purifier(pixels + 1, 1)) < distance(first, purifier(pixels, 2))
-    assert purifier.parameters == {"steps": 100, "strength": 0.5, "model": "audited"}
+    assert purifier.parameters == {"steps": 100, "strength": 0.2, "model": "audited"}
 
 
 @pytest.mark.parametrize("size", [(32, 32), (50, 37), (40, 140), (9, 20)])
