@@ -42,6 +42,8 @@ class ModelCard:
         objective: what training minimised, or what else was done.
         settings: flags that shaped it, by name.
         metrics: numbers measured while it was made, by name.
+        adapter: what kind of adapter it is, in the hub's words, if it is one.
+        loading: the lines of Python after the base model's; by default those of a model or a LoRA.
     """
 
     base_model: str = ""
@@ -52,6 +54,8 @@ class ModelCard:
     objective: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    adapter: Literal["lora", "textual_inversion"] = "lora"
+    loading: Sequence[str] = ()
 
     @classmethod
     def of(cls, model: LatentDiffusion, **values: Any) -> ModelCard:
@@ -80,6 +84,7 @@ class ModelCard:
 
         hub_base = self.base_model if is_hub_id(self.base_model) else None
         datasets = [name.removeprefix("hub:") for name in self.data if name.startswith("hub:")]
+        kind = [self.adapter] if self.relation == "adapter" else []
         values = {
             "base_model": hub_base,
             "base_model_relation": self.relation if hub_base else None,
@@ -87,7 +92,7 @@ class ModelCard:
             "library_name": "diffusers",
             "license": self.licence,
             "pipeline_tag": "text-to-image" if self.text else "unconditional-image-generation",
-            "tags": ["diffkit", "diffusers", *(["lora"] if self.relation == "adapter" else [])],
+            "tags": ["diffkit", "diffusers", *kind],
         }
         present: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
         return ModelCardData(**present).to_yaml()
@@ -95,7 +100,8 @@ class ModelCard:
     def _summary(self) -> str:
         if not self.base_model:
             return f"Diffusion model, written by diffkit {__version__}."
-        kind = "LoRA adapter for" if self.relation == "adapter" else "Diffusion model made from"
+        kinds = {"lora": "LoRA adapter for", "textual_inversion": "Textual inversion for"}
+        kind = kinds[self.adapter] if self.relation == "adapter" else "Diffusion model made from"
         return f"{kind} {public_name(self.base_model)}, written by diffkit {__version__}."
 
     def _usage(self) -> str:
@@ -103,7 +109,8 @@ class ModelCard:
         if self.relation == "adapter":
             base = public_name(self.base_model)
             lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{base}")')
-            lines.append('pipeline.load_lora_weights("THIS")  # this folder, or its hub id')
+            usual = 'pipeline.load_lora_weights("THIS")  # this folder, or its hub id'
+            lines += self.loading or [usual]
         else:
             lines.append(
                 'pipeline = DiffusionPipeline.from_pretrained("THIS")  # this folder, or its hub id'

@@ -31,6 +31,7 @@ __all__ = [
     "DenoisingObjective",
     "DenoisingPlayer",
     "Draws",
+    "Shared",
     "denoising_loss",
     "min_snr_weight",
     "offset_noise",
@@ -346,6 +347,10 @@ class DenoisingObjective:
 
     def shared(self, draws: Draws) -> Shared:
         """Latents and conditioning, from the caches where the batch has them."""
+        return Shared(self.latents(draws), self.condition(draws))
+
+    def latents(self, draws: Draws) -> Tensor:
+        """z_0 (B, C, h, w), drawn from the codec's posterior."""
         batch, codec = draws.batch, self.model.codec
         moments = batch.moments
         if moments is None:
@@ -354,11 +359,11 @@ class DenoisingObjective:
                 codec.to(self._device)
             with _without_float16(self._device.type):
                 moments = codec.encode_moments(batch.images)
-        z0 = codec.sample(moments, draws.posterior)
-        return Shared(z0, self._condition(batch, draws.drop))
+        return codec.sample(moments, draws.posterior)
 
-    def _condition(self, batch: Batch, drop: Tensor) -> Conditioning:
-        conditioner = self.model.conditioner
+    def condition(self, draws: Draws) -> Conditioning:
+        """c of B samples, the null's where it is dropped; no gradient."""
+        batch, conditioner = draws.batch, self.model.conditioner
         cond = batch.conditioning
         if conditioner.classes is not None:
             cond = conditioner.encode_labels(batch.labels, len(batch))
@@ -368,7 +373,7 @@ class DenoisingObjective:
             cond = conditioner.encode(batch.captions, batch.sizes)
         else:
             cond = conditioner.with_sizes(cond, batch.sizes)
-        return cond if self._null is None else cond.drop(drop, self._null)
+        return cond if self._null is None else cond.drop(draws.drop, self._null)
 
     def save(self, folder: Path) -> None:
         """Write a plain diffusers folder, or the LoRA in diffusers' layout."""

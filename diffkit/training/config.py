@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffkit.errors import UserError
 from diffkit.training.rates import RateSchedule, learning_rate
 
-__all__ = ["TrainConfig"]
+if TYPE_CHECKING:
+    from diffkit.models.latent_diffusion import LatentDiffusion
+    from diffkit.training.companions import Companions
+
+__all__ = ["Trained", "TrainConfig"]
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
+Trained = Literal["denoiser", "text encoders"]
 
 
 @dataclass
@@ -154,6 +159,35 @@ class TrainConfig:
         """Whether pictures without a caption would be trained on, silently, as if it were empty."""
         return True
 
+    # What a method changes of the common way; the harness asks, and knows no method by name.
+
+    def trained(self) -> frozenset[Trained]:
+        """Networks that train, whole or by a LoRA; of text encoders those that are CLIP.
+
+        The others are frozen in the precision of the run. A method may add parameters to these.
+        """
+        return frozenset({"denoiser"})
+
+    def changes_prompts(self) -> bool:
+        """Whether a prompt is encoded otherwise after a step than before it."""
+        return "text encoders" in self.trained()
+
+    def captions(self) -> tuple[str, ...]:
+        """Captions of every picture in place of its own; empty to keep those."""
+        return ()
+
+    def companions(self) -> Companions | None:
+        """A second set of pictures that every batch has some of; None for none."""
+        return None
+
+    def result_name(self) -> str:
+        """Name of the folder of the result in the output folder."""
+        return "model" if self.lora_rank is None else "lora"
+
+    def card(self, model: LatentDiffusion) -> dict[str, Any]:
+        """What the model card says of the kind of the result: attributes of `ModelCard`."""
+        return {"relation": "finetune" if self.lora_rank is None else "adapter"}
+
     def canonical(self) -> TrainConfig:
         """The same run with None for a value that is the default which depends on the model."""
         return self
@@ -174,8 +208,12 @@ class TrainConfig:
             )
         if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets):
             raise UserError("lora_alpha, lora_targets: they shape a LoRA; add --lora-rank.")
-        if self.cache is not None and not (self.cache_latents or self.cache_embeddings):
+        wanted = self.companions()
+        making = wanted is not None and wanted.folder is None
+        if self.cache is not None and not (self.cache_latents or self.cache_embeddings or making):
             raise UserError("cache: nothing is cached; add --cache-latents or --cache-embeddings.")
+        if self.changes_prompts():
+            self._check_changing_prompts()
         if self.cache_latents and self.crop == "random":
             raise UserError("cache_latents: needs the same crop at every visit; use --crop center.")
 
@@ -185,6 +223,18 @@ class TrainConfig:
             raise UserError("streaming: what is read once is not cached; leave the caches out.")
         if self.streaming and self.max_aspect != 1:
             raise UserError("streaming: has no aspect buckets; leave --max-aspect out.")
+
+    def _check_changing_prompts(self) -> None:
+        if self.cache_embeddings:
+            raise UserError(
+                "cache_embeddings: prompts are encoded by what is trained here, so each step "
+                "encodes them anew; leave it out."
+            )
+        if self.compile:
+            raise UserError(
+                "compile: prompts are encoded inside the training step here, which torch.compile "
+                "cannot take; leave it out."
+            )
 
     def _check_ranges(self) -> None:
         positive = ["max_steps", "batch_size", "accumulation", "learning_rate", "lora_rank", "size"]

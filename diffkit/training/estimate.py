@@ -9,20 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffkit.data.folder import ImageFolder
 from diffkit.data.loader import TrainingData
+from diffkit.data.paired import PairedData
 from diffkit.data.stream import StreamedData
+from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Objective, reduce_loss
 from diffkit.training.config import TrainConfig
 from diffkit.training.configfile import dump
 from diffkit.training.devices import make_accelerator, release_accelerator
 from diffkit.training.folder import RunFolder
-from diffkit.training.launch import build_data, build_model, build_objective
+from diffkit.training.launch import build_companions, build_data, build_model, build_objective
 from diffkit.training.players import Player
 from diffkit.training.report import duration
 
 __all__ = ["dry_run", "state_bytes"]
 
-Data = TrainingData | StreamedData
+Data = TrainingData | StreamedData | PairedData
 
 _GIB = 1024**3
 
@@ -50,7 +53,7 @@ def dry_run(config: TrainConfig) -> int:
     try:
         config.check_processes(accelerator.num_processes)
         model = build_model(config)
-        data = build_data(config, model)
+        data = _paired(config, model, build_data(config, model))
         objective = build_objective(config, model)
         lines = [dump(config), *_costs(config, accelerator, data, objective)]
     finally:
@@ -60,11 +63,24 @@ def dry_run(config: TrainConfig) -> int:
     return 0
 
 
+def _paired(config: TrainConfig, model: LatentDiffusion, data: TrainingData | StreamedData) -> Data:
+    """With the second set of the run; where that has to be made, the first one stands in for it."""
+    wanted = config.companions()
+    if wanted is None or isinstance(data, StreamedData):
+        return data
+    source = data.source if wanted.folder is None else ImageFolder(wanted.folder)
+    return PairedData(data, build_companions(config, model, source))
+
+
 def _costs(config: TrainConfig, accelerator: Any, data: Data, objective: Objective) -> list[str]:
     averaged = set(objective.averaged())
     lines = ["pictures: a stream of unknown length"]
-    if isinstance(data, TrainingData):
+    if not isinstance(data, StreamedData):
         lines = [f"pictures: {len(data)} ({data.steps_per_epoch:.1f} steps an epoch)"]
+    wanted = config.companions()
+    if wanted is not None:
+        made = f"{wanted.count} are made first" if wanted.folder is None else f"{wanted.folder}"
+        lines.append(f"class pictures: {made}")
     memory = 0
     for name, module in objective.players().items():
         average = name in averaged and config.ema is not None

@@ -4,8 +4,8 @@ OUTPUT/config.yaml      the resolved configuration
 OUTPUT/metrics.jsonl    one row a step
 OUTPUT/checkpoints/     see `diffkit.training.checkpoints`
 OUTPUT/samples/         validation pictures
-OUTPUT/cache/           latents and embeddings, unless --cache says elsewhere
-OUTPUT/model or lora    the result
+OUTPUT/cache/           latents, embeddings and companion pictures, unless --cache says elsewhere
+OUTPUT/model or lora    the result; some methods have another name for it
 OUTPUT/finished.json    written last
 """
 
@@ -49,7 +49,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples"
         self.cache = config.cache or self.path / "cache"
-        self.result = self.path / ("model" if config.lora_rank is None else "lora")
+        self.result = self.path / config.result_name()
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.keep)
         self._lock: IO[str] | None = None
         self._finished = self.path / "finished.json"
@@ -141,8 +141,8 @@ class RunFolder:
     def _discard(self) -> None:
         # The marker of completeness goes first and the configuration last, so that a kill in
         # between leaves a folder that the next command still recognises as this run's.
-        names = ["finished.json", "model", "lora", "checkpoints", "samples", "tensorboard"]
-        for name in [*names, "metrics.jsonl", "config.yaml"]:
+        names = ["finished.json", self.result.name, "checkpoints", "samples", "tensorboard"]
+        for name in [*names, "model", "lora", "metrics.jsonl", "config.yaml"]:
             path = self.path / name
             if path.is_dir():
                 shutil.rmtree(path)

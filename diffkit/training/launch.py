@@ -10,9 +10,13 @@ from torch import nn
 
 from diffkit.console import say
 from diffkit.data.fill import cache_embeddings, cache_latents
+from diffkit.data.folder import ImageFolder
 from diffkit.data.hub import load_table, open_source
 from diffkit.data.labels import match_labels
 from diffkit.data.loader import TrainingData
+from diffkit.data.paired import PairedData
+from diffkit.data.recaption import Recaptioned
+from diffkit.data.records import ImageSource
 from diffkit.data.scan import require_captions
 from diffkit.data.stream import StreamedData
 from diffkit.errors import UserError
@@ -20,7 +24,10 @@ from diffkit.generation.card import read_card
 from diffkit.models.classes import Classes
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.publish import check_destination
+from diffkit.models.text_encoders import TEXT_TARGETS, clip_encoders
 from diffkit.objectives.base import Objective
+from diffkit.randomness import address
+from diffkit.training.companions import make_companions
 from diffkit.training.config import TrainConfig
 from diffkit.training.configfile import dump, to_plain
 from diffkit.training.devices import DTYPES, make_accelerator, release_accelerator
@@ -31,7 +38,16 @@ from diffkit.training.trackers import make_tracker, require_tracker
 from diffkit.training.trainer import Trainer
 from diffkit.training.validation import Validation
 
-__all__ = ["build_data", "build_model", "build_objective", "fill_caches", "train"]
+__all__ = [
+    "build_companions",
+    "build_data",
+    "build_model",
+    "build_objective",
+    "fill_caches",
+    "train",
+]
+
+Data = TrainingData | StreamedData | PairedData
 
 LORA_NAME = "default"
 
@@ -66,7 +82,11 @@ def train(config: TrainConfig) -> int:
 def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
     main = accelerator.is_main_process
     model = build_model(config)
-    data = build_data(config, model)
+    data: Data = build_data(config, model)
+    wanted, size = config.companions(), config.size or model.default_size
+    companions = None
+    if wanted is not None and wanted.folder is not None:
+        companions = build_companions(config, model, ImageFolder(wanted.folder))
     objective = build_objective(config, model)
     require_tracker(config.tracker)
     for encoder in model.conditioner.encoders.values():
@@ -76,16 +96,22 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
         validate = Validation(
             model,
             config.validation_prompts,
-            size=config.size or model.default_size,
+            size=size,
             seed=config.seed,
             steps=config.validation_steps,
             guidance_scale=_validation_guidance(config, model),
             folder=folder.samples if main else None,
+            encode_anew=config.changes_prompts(),
         )
     if main:
         folder.hold()
         folder.prepare(config, dump(config))
     accelerator.wait_for_everyone()
+    if wanted is not None and wanted.folder is None:
+        made = make_companions(config, wanted, size, folder.cache, accelerator)
+        companions = build_companions(config, model, ImageFolder(made))
+    if companions is not None and isinstance(data, TrainingData):
+        data = PairedData(data, companions)
     fill_caches(config, folder, model, data, accelerator)
     name = config.tracker if main else "none"
     tracker = partial(make_tracker, name, folder.path, config=to_plain(config))
@@ -107,9 +133,10 @@ def _validation_guidance(config: TrainConfig, model: LatentDiffusion) -> float:
 def build_model(config: TrainConfig) -> LatentDiffusion:
     """Load the model with exactly the parameters trainable that the run trains.
 
-    A LoRA trains on frozen weights in the precision of the run; full training keeps float32. Text
-    encoders are frozen in either case. The VAE keeps float32: it is small, cached latents then
-    serve every precision, and without the cache autocast does its arithmetic.
+    A LoRA trains on frozen weights in the precision of the run; full training keeps float32. Where
+    text encoders train whole, all of them keep float32: the result is saved from memory. The VAE
+    keeps float32: it is small, cached latents then serve every precision, and without the cache
+    autocast does its arithmetic.
     """
     options: dict[str, Any] = {"variant": config.variant, "revision": config.revision}
     model = LatentDiffusion.load(config.model, attention=config.attention, **options)
@@ -117,20 +144,31 @@ def build_model(config: TrainConfig) -> LatentDiffusion:
     network: Any
     for network in model.networks.values():
         network.requires_grad_(False)
-    for encoder in model.conditioner.encoders.values():
-        _lower(encoder, dtype)
-    if config.lora_rank is None:
+    trained, encoders = config.trained(), clip_encoders(model.conditioner)
+    whole = config.lora_rank is None
+    if whole and "text encoders" in trained:
+        for encoder in encoders.values():
+            encoder.requires_grad_(True)
+    else:
+        for encoder in model.conditioner.encoders.values():
+            _lower(encoder, dtype)
+    if whole and "denoiser" in trained:
         model.denoiser.model.requires_grad_(True)
     else:
+        model.denoiser.to(dtype)
+    if config.lora_rank is not None:
         from diffkit.models.lora import add_lora
 
-        model.denoiser.to(dtype)
+        text = TEXT_TARGETS if "text encoders" in trained else ()
         shape = config.lora_rank, config.lora_alpha, config.lora_targets
-        add_lora(model, *shape, name=LORA_NAME, seed=config.seed)
+        add_lora(model, *shape, name=LORA_NAME, seed=config.seed, text_targets=text)
     model.denoiser.train()
     if config.gradient_checkpointing:
         network = model.denoiser.model
         network.enable_gradient_checkpointing()
+        if config.changes_prompts():
+            for network in encoders.values():
+                network.gradient_checkpointing_enable()
     return model
 
 
@@ -146,9 +184,46 @@ def _lower(encoder: nn.Module, dtype: torch.dtype) -> None:
 
 def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData | StreamedData:
     """The batches of the run; raises `UserError` for data or a size that cannot be used."""
+    options = _data_options(config, model)
+    columns: dict[str, Any] = {
+        "image_column": config.image_column,
+        "caption_column": config.caption_column,
+    }
+    labels, captions = _check_labels(config, model), config.captions()
+    if config.streaming:
+        table = load_table(config.data, config.split, streaming=True)
+        columns["captions"] = labels is None and config.needs_captions()
+        return StreamedData(table, config.data, **options, **columns)
+    source = open_source(config.data, split=config.split, **columns)
+    if labels is not None and captions:
+        raise UserError(
+            f"model: {model.family.name} models read no text, and this training is about a prompt; "
+            "give a text-to-image model."
+        )
+    if labels is not None and labels.count:
+        source, model.conditioner.classes = match_labels(source, labels)
+    elif captions:
+        source = Recaptioned(source, captions)
+    elif labels is None and config.needs_captions():
+        require_captions(source)
+    return TrainingData(source, max_aspect=config.max_aspect, **options)
+
+
+def build_companions(
+    config: TrainConfig, model: LatentDiffusion, source: ImageSource
+) -> TrainingData:
+    """These pictures as the second set of the run, with an order and draws of their own."""
+    wanted = config.companions()
+    assert wanted is not None
+    source = Recaptioned(source, (wanted.caption,))
+    options = _data_options(config, model) | {"seed": address(config.seed, "companions")}
+    return TrainingData(source, max_aspect=config.max_aspect, **options)
+
+
+def _data_options(config: TrainConfig, model: LatentDiffusion) -> dict[str, Any]:
     size = config.size or model.default_size
     model.check_size(size, size)
-    options: dict[str, Any] = {
+    return {
         "resolution": size,
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -156,21 +231,6 @@ def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData | St
         "crop": config.crop,
         "flip": config.flip,
     }
-    columns: dict[str, Any] = {
-        "image_column": config.image_column,
-        "caption_column": config.caption_column,
-    }
-    labels = _check_labels(config, model)
-    if config.streaming:
-        table = load_table(config.data, config.split, streaming=True)
-        columns["captions"] = labels is None and config.needs_captions()
-        return StreamedData(table, config.data, **options, **columns)
-    source = open_source(config.data, split=config.split, **columns)
-    if labels is not None and labels.count:
-        source, model.conditioner.classes = match_labels(source, labels)
-    elif labels is None and config.needs_captions():
-        require_captions(source)
-    return TrainingData(source, max_aspect=config.max_aspect, **options)
 
 
 def _check_labels(config: TrainConfig, model: LatentDiffusion) -> Classes | None:
@@ -200,19 +260,22 @@ def fill_caches(
     config: TrainConfig,
     folder: RunFolder,
     model: LatentDiffusion,
-    data: TrainingData | StreamedData,
+    data: Data,
     accelerator: Any,
 ) -> None:
     """Encode what the run wants cached, each process its share, on the run's device."""
     if isinstance(data, StreamedData):
         return
+    sets = (data.own, data.companions) if isinstance(data, PairedData) else (data,)
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     if config.cache_latents:
         model.codec.to(accelerator.device)
-        cache_latents(data, folder.cache, model.codec, **place)
+        for part in sets:
+            cache_latents(part, folder.cache, model.codec, **place)
         model.codec.to("cpu")
     if config.cache_embeddings:
         for encoder in model.conditioner.encoders.values():
             encoder.to(accelerator.device)
-        cache_embeddings(data, folder.cache, model.conditioner, **place)
+        for part in sets:
+            cache_embeddings(part, folder.cache, model.conditioner, **place)
     accelerator.wait_for_everyone()

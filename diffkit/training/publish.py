@@ -55,7 +55,7 @@ def result_card(config: TrainConfig, model: LatentDiffusion, metrics: Path) -> M
     summary = (type(config).__doc__ or "").strip().splitlines()[0]
     return ModelCard.of(
         model,
-        relation="finetune" if config.lora_rank is None else "adapter",
+        **config.card(model),
         data=(config.data,),
         objective=f"{summary} {config.max_steps} steps of {config.batch_size} samples.",
         settings=_changed(config),

@@ -9,6 +9,13 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Objective
 from diffkit.objectives.denoising import DenoisingConfig, DenoisingObjective
 from diffkit.training.config import TrainConfig
+from diffkit.training.personal import (
+    DreamBoothLoraTraining,
+    DreamBoothTraining,
+    TextualInversionTraining,
+    build_dreambooth,
+    build_textual_inversion,
+)
 
 __all__ = ["METHODS", "DenoisingTraining", "Method", "method_of"]
 
@@ -52,7 +59,12 @@ class Method:
     build: Callable[..., Objective]
 
 
-METHODS: dict[str, Method] = {"denoising": Method(DenoisingTraining, _denoising)}
+METHODS: dict[str, Method] = {
+    "denoising": Method(DenoisingTraining, _denoising),
+    "dreambooth": Method(DreamBoothTraining, build_dreambooth),
+    "dreambooth_lora": Method(DreamBoothLoraTraining, build_dreambooth),
+    "textual_inversion": Method(TextualInversionTraining, build_textual_inversion),
+}
 
 
 def method_of(config: TrainConfig) -> Method:

@@ -26,7 +26,7 @@ PIXELS = 1024**2
 
 
 class Validation:
-    """Makes the pictures; prompts are encoded once, at the start.
+    """Makes the pictures; prompts are encoded once, at the start, unless training changes that.
 
     Arguments:
         model: the model in training.
@@ -35,6 +35,7 @@ class Validation:
         seed: picture i starts from the noise of seed + i.
         steps, guidance_scale: of sampling.
         folder: where `step-00000100.png` sheets go; None on all but the main process.
+        encode_anew: encode the prompts each time, since what encodes them is in training.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Validation:
         steps: int,
         guidance_scale: float,
         folder: Path | None,
+        encode_anew: bool = False,
     ) -> None:
         self.model = model
         self.prompts = read_prompts(prompts)
@@ -54,11 +56,9 @@ class Validation:
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.folder = folder
-        sizes = (size, size)
-        self._cond = model.conditioner.encode(self.prompts, sizes).to("cpu")
-        self._null: Conditioning | None = None
-        if guidance_scale != 1:
-            self._null = model.conditioner.null(1, sizes).to("cpu")
+        self._sizes = (size, size)
+        self._encode_anew = encode_anew
+        self._encode()
         shape = model.latent_shape(size, size)
         self._noise = torch.stack(
             [normal(shape, seed + i, "image") for i in range(len(self.prompts))]
@@ -73,6 +73,13 @@ class Validation:
             _sheet(images).save(file, format="PNG")
         tracker.images(done, self.prompts, images)
 
+    def _encode(self) -> None:
+        conditioner = self.model.conditioner
+        self._cond = conditioner.encode(self.prompts, self._sizes).to("cpu")
+        self._null: Conditioning | None = None
+        if self.guidance_scale != 1:
+            self._null = conditioner.null(1, self._sizes).to("cpu")
+
     @torch.no_grad()
     def images(self) -> list[Image.Image]:
         """One picture a prompt.
@@ -81,6 +88,8 @@ class Validation:
         overflows in fp16) and on one picture at a time. Both are left as they were found.
         """
         denoiser, codec = self.model.denoiser, self.model.codec
+        if self._encode_anew:
+            self._encode()
         training = denoiser.training
         denoiser.eval()
         device, home, images = denoiser.device, codec.device, []
