@@ -7,7 +7,9 @@ prompts as plain diffusers will.
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,18 @@ from torch import Tensor, nn
 from diffkit.errors import UserError
 from diffkit.models.conditioner import Conditioner
 from diffkit.models.text_encoders import clip_encoders
+from diffkit.models.weights import read_header
 
-__all__ = ["PlaceholderEmbedding", "add_placeholder", "placeholder_words"]
+if TYPE_CHECKING:
+    from diffkit.models.latent_diffusion import LatentDiffusion
+
+__all__ = [
+    "PlaceholderEmbedding",
+    "add_placeholder",
+    "embedding_file",
+    "load_embedding",
+    "placeholder_words",
+]
 
 
 class PlaceholderEmbedding(nn.Module):
@@ -99,3 +111,33 @@ def _add(
     embedding = PlaceholderEmbedding(table, first, rows)
     encoder.set_input_embeddings(embedding)
     return embedding
+
+
+def embedding_file(encoder: str) -> str:
+    """The file of a text encoder's rows in a saved textual inversion, by component name."""
+    return f"learned_embeds{encoder.removeprefix('text_encoder')}.safetensors"
+
+
+def load_embedding(model: LatentDiffusion, folder: str | os.PathLike[str]) -> str:
+    """Teach a model the word of a saved textual inversion, as stock diffusers does; returns it.
+
+    The embedding tables of the text encoders grow by its rows.
+
+    Raises:
+        UserError: a text encoder has no file there, or knows the word already.
+    """
+    pipeline: Any = model.pipeline()
+    token = ""
+    for name, encoder in clip_encoders(model.conditioner).items():
+        path = Path(folder) / embedding_file(name)
+        token = next(iter(read_header(path).shapes))
+        tokenizer = model.conditioner.components[name.replace("text_encoder", "tokenizer")]
+        try:
+            pipeline.load_textual_inversion(
+                folder, weight_name=path.name, text_encoder=encoder, tokenizer=tokenizer
+            )
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be loaded: {error}") from error
+    if not token:
+        raise UserError(f"{folder}: {model.family.name} models have no CLIP text encoder.")
+    return token

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from diffkit.errors import UserError
 from diffkit.files import atomic_directory
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.models.placeholder import add_placeholder, placeholder_words
+from diffkit.models.placeholder import add_placeholder, embedding_file, placeholder_words
 from diffkit.models.weights import save_safetensors
 from diffkit.objectives.denoising import DenoisingConfig
 from diffkit.objectives.personal import PersonalObjective
@@ -136,8 +136,7 @@ class TextualInversionObjective(PersonalObjective):
         with atomic_directory(folder, overwrite=True) as place:
             for name, embedding in self.embeddings.items():
                 rows = embedding.rows.detach().float().cpu().contiguous()
-                path = place / f"learned_embeds{name.removeprefix('text_encoder')}.safetensors"
-                save_safetensors(path, {self.config.token: rows})
+                save_safetensors(place / embedding_file(name), {self.config.token: rows})
 
 
 def _check_lengths(model: LatentDiffusion, config: TextualInversionConfig) -> None:

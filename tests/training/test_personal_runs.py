@@ -15,7 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffkit.cli import main
+from diffkit.errors import UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.lora import load_lora
+from diffkit.models.placeholder import load_embedding
 from diffkit.training import companions
 from tests.training.test_denoising_runs import picture, rows
 from tests.training.test_processes import launch
@@ -114,8 +117,6 @@ def test_a_lora_in_plain_diffusers(name, pipeline, encoders, flags, tmp_path, ti
     assert set(listed) == encoders | {LatentDiffusion.load(tiny_folder(name)).family.denoiser}
     ours = LatentDiffusion.load(tiny_folder(name))
     before = ours.conditioner.encode(["a sks dog"], (32, 32)).tokens
-    from diffkit.models.lora import load_lora
-
     load_lora(ours, result)
     after = ours.conditioner.encode(["a sks dog"], (32, 32)).tokens
     assert not torch.equal(before, after)
@@ -187,6 +188,12 @@ def test_a_textual_inversion_in_plain_diffusers(name, kind, flags, tmp_path, tin
         assert torch.equal(table[: len(before)], before)
         start = tokenizer.encode("ab", add_special_tokens=False)
         assert (learnt - before[start]).abs().amax(1).gt(1e-3).all()
+    ours = LatentDiffusion.load(tiny_folder(name))
+    assert load_embedding(ours, result) == "<x>"
+    theirs = LatentDiffusion(stock).conditioner.encode(["a <x>"], (32, 32)).tokens
+    assert torch.equal(ours.conditioner.encode(["a <x>"], (32, 32)).tokens, theirs)
+    with pytest.raises(UserError, match="already in tokenizer"):
+        load_embedding(ours, result)
     card = (result / "README.md").read_text()
     assert "textual_inversion" in card and "load_textual_inversion" in card
     if name == "sd":
