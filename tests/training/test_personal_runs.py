@@ -70,7 +70,7 @@ def same(first, second):
 @pytest.mark.parametrize(
     ("method", "result", "more"),
     [
-        ("dreambooth", "model", (*PRIOR, *TEXT)),
+        pytest.param("dreambooth", "model", (*PRIOR, *TEXT), marks=pytest.mark.slow),
         ("dreambooth_lora", "lora", (*PRIOR, *TEXT, "--cache-latents", "--ema", "0.9")),
         ("textual_inversion", "embedding", (*WORD, "--ema", "0.9")),
     ],
@@ -103,7 +103,12 @@ def test_a_dreambooth_model_in_plain_diffusers(flags, tmp_path, tiny_sd):
     ("name", "pipeline", "encoders"),
     [
         ("sd", StableDiffusionPipeline, {"text_encoder"}),
-        ("sdxl", StableDiffusionXLPipeline, {"text_encoder", "text_encoder_2"}),
+        pytest.param(
+            "sdxl",
+            StableDiffusionXLPipeline,
+            {"text_encoder", "text_encoder_2"},
+            marks=pytest.mark.slow,
+        ),
         ("sd3", StableDiffusion3Pipeline, {"text_encoder", "text_encoder_2"}),
     ],
 )
@@ -146,6 +151,7 @@ def test_class_pictures_are_made_once(flags, tmp_path, capsys, monkeypatch):
     assert main(["train", "dreambooth_lora", *flags(*PRIOR, *shared, output="other")]) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_sampling_goes_on(flags, tmp_path):
     assert main(["train", "dreambooth_lora", *flags(*PRIOR, output="a")]) == 0
     (folder,) = (tmp_path / "a" / "cache").glob("companions-*")
@@ -217,7 +223,11 @@ def test_validation_pictures_follow_the_word(flags, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "more"),
-    [("dreambooth", PRIOR), ("dreambooth_lora", (*PRIOR, *TEXT)), ("textual_inversion", WORD)],
+    [
+        pytest.param("dreambooth", PRIOR, marks=pytest.mark.slow),
+        ("dreambooth_lora", (*PRIOR, *TEXT)),
+        pytest.param("textual_inversion", WORD, marks=pytest.mark.slow),
+    ],
 )
 def test_dry_run_writes_nothing(method, more, flags, tmp_path, capsys):
     assert main(["train", method, *flags(*more, "--dry-run")]) == 0
