@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +136,10 @@ class _FusedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
+        if func is torch.autograd.grad:
+            # It would run with this mode off, also where a checkpointed block runs again.
+            with self:
+                return _gradients(*args, **named)
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **named)
         names = ("query", "key", "value")
@@ -149,6 +153,34 @@ class _FusedAttention(TorchFunctionMode):
         depth = query.shape[-1]
         self.macs += query.numel() // depth * key.shape[-2] * (depth + value.shape[-1])
         return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def _gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor],
+    grad_outputs: Tensor | Sequence[Tensor] | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool | None = None,
+    **others: object,
+) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad` without its look at function modes; nothing batched or filled in."""
+    roots, leaves = _as_tuple(outputs), _as_tuple(inputs)
+    given = map(torch.ones_like, roots) if grad_outputs is None else _as_tuple(grad_outputs)
+    found: tuple[Tensor, ...] = Variable._execution_engine.run_backward(
+        roots,
+        tuple(given),
+        create_graph if retain_graph is None else retain_graph,
+        create_graph,
+        leaves,
+        bool(allow_unused),
+        False,
+    )
+    return found
+
+
+def _as_tuple(tensors: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
 
 
 class _Products(TorchDispatchMode):
@@ -311,16 +343,12 @@ def count_gradient(
         inputs: leaf tensors.
         modules: whose weights are no activations.
     """
-    counter, leaves = _Counter(), [inputs] if isinstance(inputs, Tensor) else inputs
+    counter = _Counter()
     with counter.running():
         with saved_for_backward(modules) as saved:
             result = call()
         forward = counter.take()
-        # `torch.autograd.grad` switches function modes off, also where a checkpointed block runs
-        # again; the engine itself does not.
-        Variable._execution_engine.run_backward(
-            (result,), (torch.empty_like(result),), False, False, tuple(leaves), False, False
-        )
+        torch.autograd.grad(result, inputs, torch.empty_like(result))
         backward = counter.take()
     return GradientCost(forward, backward, saved.elements)
 

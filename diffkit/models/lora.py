@@ -23,7 +23,7 @@ from diffkit import console
 from diffkit.errors import UserError
 from diffkit.models.lora_file import LORA_FILE, find_lora, read_lora, write_lora
 from diffkit.models.lora_keys import LoraLayer, LoraWeights
-from diffkit.models.lora_layers import fit, inject, lora_layers, new_layer, plain_modules
+from diffkit.models.lora_layers import Init, fit, inject, lora_layers, new_layer, plain_modules
 from diffkit.models.model_card import ModelCard, write_model_card
 from diffkit.models.weights import read_header
 
@@ -51,12 +51,13 @@ def add_lora(
     targets: Sequence[str] | None = None,
     name: str = "default",
     seed: int = 0,
+    init: Init = "uniform",
+    text_targets: Sequence[str] = (),
 ) -> dict[str, nn.Parameter]:
     """Put a new trainable adapter on the denoiser and freeze everything else of it.
 
-    B = 0, so that the output does not change; A is uniform in +-1 / sqrt(fan_in) (Kaiming's bound,
-    as in peft), drawn from an address of (seed, module path). Other active adapters stay active,
-    with their weights, but are no longer trainable.
+    B = 0, so that the output does not change; A is drawn from an address of (seed, module path).
+    Other active adapters stay active, with their weights, but are no longer trainable.
 
     Arguments:
         model: gets the adapter in place.
@@ -66,6 +67,9 @@ def add_lora(
             Linear and convolution layers can be adapted.
         name: of the adapter, a Python identifier.
         seed: of A.
+        init: of A: "uniform" in +-1 / sqrt(fan_in) (Kaiming's bound, peft's default), or
+            "gaussian" with standard deviation 1 / r (peft's option of that name).
+        text_targets: the same endings for the text encoders, which get no layers without.
 
     Returns:
         The adapter's parameters, as `lora_parameters` gives them.
@@ -77,16 +81,28 @@ def add_lora(
     if rank < 1:
         raise UserError(f"LoRA rank {rank}: must be at least 1")
     _check_name(model, name)
-    component, network = model.family.denoiser, model.denoiser.model
+    scale = float(rank if alpha is None else alpha)
+
+    def layers_of(network: nn.Module, endings: Sequence[str], prefix: str) -> dict[str, LoraLayer]:
+        return {
+            path: new_layer(module, rank, scale, seed, prefix + path, init)
+            for path, module in plain_modules(network).items()
+            if any(path == ending or path.endswith(f".{ending}") for ending in endings)
+        }
+
     endings = tuple(targets if targets is not None else model.family.lora_targets)
-    layers = {}
-    for path, module in plain_modules(network).items():
-        if any(path == ending or path.endswith(f".{ending}") for ending in endings):
-            layers[path] = new_layer(module, rank, rank if alpha is None else alpha, seed, path)
-    if not layers:
-        raise UserError(f"LoRA targets {list(endings)}: no layer of the {component} ends so")
+    found = {model.family.denoiser: layers_of(model.denoiser.model, endings, "")}
+    if text_targets:
+        for component, encoder in model.conditioner.encoders.items():
+            found[component] = layers_of(encoder, text_targets, f"{component}.")
+    if not found[model.family.denoiser]:
+        raise UserError(
+            f"LoRA targets {list(endings)}: no layer of the {model.family.denoiser} ends so"
+        )
     before = active_adapters(model)
-    inject(network, name, layers)
+    for component, layers in found.items():
+        if layers:
+            inject(_networks(model)[component], name, layers)
     _activate(model, {**before, name: 1.0}, trainable={name})
     return lora_parameters(model, name)
 
@@ -178,13 +194,37 @@ def merge_lora(model: LatentDiffusion) -> None:
     remove_lora(model)
 
 
-def remove_lora(model: LatentDiffusion) -> None:
-    """Take all adapters off; the networks are those from before, still frozen."""
+def remove_lora(model: LatentDiffusion, name: str | None = None) -> None:
+    """Take all adapters off, or the one of this name; the networks are those from before, frozen.
+
+    The other adapters stay as active and as trainable as they were. Raises `UserError` for a name
+    that the model does not have.
+    """
     from diffusers.utils import recurse_remove_peft_layers
 
+    if name is not None and _all_adapters(model) != [name]:
+        return _remove_one(model, name)
     for network in _networks(model).values():
         if any(True for _ in lora_layers(network)):
             recurse_remove_peft_layers(network)
+            del network.peft_config
+            network._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def _remove_one(model: LatentDiffusion, name: str) -> None:
+    if name not in _all_adapters(model):
+        raise UserError(f"no adapter {name!r}; this model has {_all_adapters(model)}")
+    # First out of use: peft would choose another active adapter, and make it trainable.
+    _activate(model, {n: w for n, w in active_adapters(model).items() if n != name}, None)
+    for network in _networks(model).values():
+        for path, layer in list(lora_layers(network)):
+            if name in layer.lora_A:
+                layer.delete_adapter(name)
+            if not layer.lora_A:
+                parent, _, last = path.rpartition(".")
+                setattr(network.get_submodule(parent), last, layer.get_base_layer())
+        config: Any = getattr(network, "peft_config", {})
+        if config.pop(name, None) is not None and not config:
             del network.peft_config
             network._hf_peft_config_loaded = False  # type: ignore[assignment]
 

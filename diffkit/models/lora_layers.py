@@ -7,15 +7,18 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffkit.models.lora_keys import LoraLayer, LoraWeights
-from diffkit.randomness import uniform
+from diffkit.randomness import normal, uniform
 
-__all__ = ["fit", "inject", "lora_layers", "new_layer", "plain_modules"]
+__all__ = ["Init", "fit", "inject", "lora_layers", "new_layer", "plain_modules"]
+
+Init = Literal["uniform", "gaussian"]
+"""How A begins."""
 
 
 def lora_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -38,12 +41,20 @@ def plain_modules(network: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def new_layer(module: nn.Module, rank: int, alpha: float, seed: int, path: str) -> LoraLayer:
-    """Weights of an untrained layer: A uniform in +-1 / sqrt(fan_in) from its address, B zero."""
+def new_layer(
+    module: nn.Module, rank: int, alpha: float, seed: int, path: str, init: Init = "uniform"
+) -> LoraLayer:
+    """Weights of an untrained layer, A from its address and B zero.
+
+    A is uniform in +-1 / sqrt(fan_in), or normal with standard deviation 1 / rank ("gaussian").
+    """
     weight: Tensor = module.weight  # type: ignore[assignment]
     down_shape, up_shape = _shapes(module, rank)
-    bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
-    down = (2 * uniform(down_shape, seed, path, "lora") - 1) * bound
+    if init == "gaussian":
+        down = normal(down_shape, seed, path, "lora") / rank
+    else:
+        bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
+        down = (2 * uniform(down_shape, seed, path, "lora") - 1) * bound
     return LoraLayer(down, torch.zeros(up_shape), float(alpha))
 
 
