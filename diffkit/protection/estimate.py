@@ -29,13 +29,14 @@ from diffkit.models.cost import (
     count_vjp,
     parameter_count,
 )
-from diffkit.models.decode import Checkpoint
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.protection.editing import STEPS, photoguard_diffusion
 from diffkit.protection.gradients import HELD_OUT
 from diffkit.protection.methods import Passes
+from diffkit.protection.settings import Settings
 from diffkit.protection.surrogate import Surrogate, frozen
 
-__all__ = ["Estimate", "StepCost", "StepShape", "estimate_step"]
+__all__ = ["Estimate", "StepCost", "StepShape", "estimate_step", "in_bytes", "in_time"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class StepShape:
         lean: two passes and recomputed activations.
         draws: K.
         transformed: every draw sees another picture and has an encoder pass of its own.
-        calls: calls of the denoiser in the graph of one draw; guidance makes two of each.
-        decodes: the graph of a draw ends in a decoded picture.
+        unrolled: steps of a sampler in the graph of one draw, each computed again in the backward
+            pass, with the decoded picture at its end; 0 is one call of the denoiser and no picture.
+        guided: each of these steps calls the denoiser twice.
         batch: pictures at once.
     """
 
@@ -56,9 +58,24 @@ class StepShape:
     lean: bool = False
     draws: int = 1
     transformed: bool = False
-    calls: int = 1
-    decodes: bool = False
+    unrolled: int = 0
+    guided: bool = False
     batch: int = 1
+
+    @classmethod
+    def of(cls, settings: Settings, *, lean: bool = False, batch: int = 1) -> StepShape:
+        """That of a method with its options."""
+        row = settings.row
+        unrolled = row.loss is photoguard_diffusion
+        return cls(
+            denoiser=row.denoiser,
+            lean=lean,
+            draws=row.draws if settings.draws is None else settings.draws,
+            transformed=bool(settings.transforms),
+            unrolled=STEPS if unrolled else 0,
+            guided=unrolled and settings.shown_prompt != "",
+            batch=batch,
+        )
 
 
 @dataclass(frozen=True)
@@ -212,19 +229,37 @@ class _Head:
         if cond is None:
             cond = model.conditioner.encode([model.conditioner.example], (height, width))
         call, z = _denoiser(model, height, width, cond)
-        forward, calls = count(call), shape.calls
-        decoder = _decoder(model, height, width, shape.lean) if shape.decodes else None
-        score = [(calls, forward)] + ([] if decoder is None else [(1, decoder.forward)])
+        forward = count(call)
         if shape.denoiser == "forward":
-            return cls(((calls, forward),), tuple(score), 0, forward.peak_elements)
+            return cls(((1, forward),), ((1, forward),), 0, forward.peak_elements)
         both = count_gradient(call, z, [model.denoiser])
-        saved, passes = calls * both.saved_elements, [(calls, both.forward), (calls, both.backward)]
-        peak = saved - both.saved_elements + both.peak_elements
-        if decoder is not None:
-            passes += [(1, decoder.forward), (1, decoder.backward)]
-            peak = max(peak, saved + decoder.peak_elements)
-            saved += decoder.saved_elements
-        return cls(tuple(passes), tuple(score), saved, peak)
+        if shape.unrolled == 0:
+            passes = ((1, both.forward), (1, both.backward))
+            return cls(passes, ((1, forward),), both.saved_elements, both.peak_elements)
+        return cls._unrolled(forward, both, _decoder(model, height, width), z.numel(), shape)
+
+    @classmethod
+    def _unrolled(
+        cls,
+        forward: Cost,
+        both: GradientCost,
+        decoder: GradientCost,
+        latents: int,
+        shape: StepShape,
+    ) -> _Head:
+        """A sampler whose steps keep their latents only, and the decoded picture."""
+        halves = 2 if shape.guided else 1
+        calls = halves * shape.unrolled
+        again = ((calls, forward), (calls, both.forward), (calls, both.backward))
+        passes = (*again, (1, decoder.forward), (1, decoder.backward))
+        kept = shape.unrolled * latents
+        step = (halves - 1) * both.saved_elements + both.peak_elements
+        return cls(
+            passes,
+            ((calls, forward), (1, decoder.forward)),
+            kept + decoder.saved_elements,
+            kept + max(step, decoder.peak_elements),
+        )
 
 
 def _picture(model: LatentDiffusion, height: int, width: int) -> Tensor:
@@ -239,12 +274,11 @@ def _encoder(model: LatentDiffusion, height: int, width: int, lean: bool) -> Gra
     return count_gradient(lambda: codec.encode_moments(x), x, Surrogate(codec).networks())
 
 
-def _decoder(model: LatentDiffusion, height: int, width: int, lean: bool) -> GradientCost:
+def _decoder(model: LatentDiffusion, height: int, width: int) -> GradientCost:
     codec = model.codec
     z = torch.zeros(1, *codec.latent_shape(height, width), device=model.device).requires_grad_()
-    checkpoint: Checkpoint = "resnet" if lean else None
     networks = Surrogate(codec).networks()
-    return count_gradient(lambda: codec.decode(z, checkpoint=checkpoint), z, networks)
+    return count_gradient(lambda: codec.decode(z, checkpoint="resnet"), z, networks)
 
 
 def _denoiser(

@@ -1,0 +1,148 @@
+"""Estimates of a step: arithmetic on published models, and what a real step does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_sizes import REAL_SIZES, conditioning
+
+from diffkit.models.cost import Cost, Rates, count
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.skeleton import skeleton
+from diffkit.protection.estimate import (
+    Estimate,
+    StepCost,
+    StepShape,
+    estimate_step,
+    in_bytes,
+    in_time,
+)
+from diffkit.protection.protect import Attack, plan_for, prepared
+from diffkit.protection.settings import Settings
+
+TERA = 1e12
+
+
+def _slow(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+# Encoder forward and back; denoiser forward, back; TFLOP without the products of attention.
+PUBLISHED = [
+    ("SD1.5", 2.16, 0.68, 0.67),
+    pytest.param("SDXL", 8.66, 5.98, 5.92, marks=pytest.mark.slow),
+    pytest.param("SD3-medium", 8.66, 6.01, 6.00, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "encoder", "forward", "backward"), PUBLISHED)
+def test_published_models(name: str, encoder: float, forward: float, backward: float) -> None:
+    shape = REAL_SIZES[name]
+    model, cond = shape.skeleton(), conditioning(shape)
+
+    def step(passes: StepShape) -> StepCost:
+        return estimate_step(model, shape.size, shape.size, passes, dtype=torch.bfloat16, cond=cond)
+
+    texture, sds = step(StepShape("none")), step(StepShape("forward"))
+    advdm, lean = step(StepShape("backward")), step(StepShape("backward", lean=True))
+    assert texture.flops / TERA == pytest.approx(encoder, rel=0.05)
+    assert sds.flops / TERA == pytest.approx(encoder + forward, rel=0.05)
+    assert advdm.flops / TERA == pytest.approx(encoder + forward + backward, rel=0.05)
+    # the encoder forward and the denoiser forward once more
+    assert lean.flops < advdm.flops + texture.flops / 2 + 1.01 * forward * TERA
+    assert lean.flops > advdm.flops + 0.99 * texture.flops / 2
+    assert texture.memory_bytes < sds.memory_bytes < advdm.memory_bytes
+    assert lean.memory_bytes < sds.memory_bytes
+    assert lean.saved_bytes < advdm.saved_bytes / 4
+
+
+@pytest.mark.parametrize("name", ["pixel", "sd3", *map(_slow, ("sdxl", "flux", "dit"))])
+def test_every_family(tiny_folder: Callable[[str], Path], name: str) -> None:
+    bones = skeleton(str(tiny_folder(name)))
+    for passes in ("none", "forward", "backward"):
+        for lean in (False, True):
+            cost = estimate_step(bones, 32, 32, StepShape(passes, lean))
+            assert cost.memory_bytes >= cost.weight_bytes + cost.saved_bytes
+            assert cost.flops > 0 or (passes == "none" and bones.family.codec is None)
+
+
+@pytest.mark.parametrize(
+    ("method", "lean"),
+    [
+        ("texture", False),
+        ("sds-", True),
+        ("advdm", False),
+        ("advdm", True),
+        pytest.param("photoguard-diffusion", False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_estimate_is_what_a_step_does(tiny_sd: Path, method: str, lean: bool) -> None:
+    model = LatentDiffusion.load(tiny_sd)
+    settings = Settings(method, draws=None if method == "texture" else 2)
+    pixels = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    with prepared(model, settings, lean=lean) as surrogates:
+        plan = plan_for(model, settings, 32, 32)
+        attack = Attack.prepare(pixels, surrogates, settings, seeds=[0], plan=plan, lean=lean)
+        gradient, x = attack.gradient, attack.pictures.clean
+        assert gradient is not None
+        gradient(x, 0)  # encodes the target, once
+        real = count(lambda: gradient(x, 0))
+        real_score = count(lambda: gradient.score(x))
+    cost = estimate_step(skeleton(str(tiny_sd)), 32, 32, StepShape.of(settings, lean=lean))
+    assert cost.flops_with_attention == real.flops
+    assert cost.flops == real.flops_without_attention
+    if method != "texture":
+        assert sum(n * part.flops for n, part in cost.score) == real_score.flops
+
+
+def test_how_the_shape_enters(tiny_sd: Path) -> None:
+    bones = skeleton(str(tiny_sd))
+
+    def step(**options: object) -> StepCost:
+        return estimate_step(bones, 32, 32, StepShape("backward", **options))  # type: ignore[arg-type]
+
+    one, encoder = step(), estimate_step(bones, 32, 32, StepShape())
+    draw = one.flops - encoder.flops
+    many = step(draws=3, batch=2)
+    assert many.flops == 2 * (encoder.flops + 3 * draw)
+    assert many.memory_bytes - many.weight_bytes == 2 * (one.memory_bytes - one.weight_bytes)
+    assert step(draws=3, transformed=True).flops == 3 * one.flops
+    # three forward passes, three again, and the picture
+    assert step(unrolled=3, guided=True).flops > encoder.flops + 6 * draw
+    half = estimate_step(bones, 32, 32, StepShape("backward"), dtype=torch.bfloat16)
+    assert 2 * half.memory_bytes == one.memory_bytes
+
+
+def test_a_job_is_its_steps(tiny_sd: Path) -> None:
+    cost = estimate_step(skeleton(str(tiny_sd)), 32, 32, StepShape("forward", batch=2))
+    one = Rates(matmul=1.0, conv=1.0)
+    job = Estimate(cost, steps=10, views=3, pictures=4, rates=one, scores=0)
+    assert job.flops == cost.flops * 10 * 3 * 2
+    assert job.seconds == pytest.approx(cost.flops_with_attention / 2 * 10 * 3 * 2)
+    judged = Estimate(cost, steps=10, views=3, pictures=4, rates=one)
+    assert judged.seconds == pytest.approx(job.seconds + 2 * cost.score_seconds(one) * 3 * 2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "under a second"),
+        (42.4, "about 42 s"),
+        (240.0, "about 4 min"),
+        (9000.0, "about 2.5 h"),
+    ],
+)
+def test_time_in_words(seconds: float, words: str) -> None:
+    assert in_time(seconds) == words
+
+
+def test_words() -> None:
+    assert (in_bytes(350_000_000), in_bytes(2_340_000_000)) == ("350 MB", "2.3 GB")
+    step = StepCost(((1, Cost(100, 0, 0)),), (), 1, 0, 0, 2_340_000_000)
+    assert Estimate(step, steps=24).words() == "2.3 GB"
+    rates = Rates(matmul=10.0, conv=1.0)
+    assert Estimate(step, steps=24, rates=rates).words() == "about 4 min, 2.3 GB"
