@@ -1,0 +1,237 @@
+"""What a protection job consists of: which pictures, in which units, and what is done already.
+
+The unit of work is a file where the surrogate is fixed, and a folder of the command line where one
+is trained: its pictures are protected together, all of them or none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffkit import __version__
+from diffkit.errors import UserError
+from diffkit.files import check_writable, sha256
+from diffkit.protection.inputs import (
+    Input,
+    Skipped,
+    check_originals,
+    find_pictures,
+    output_names,
+)
+from diffkit.protection.settings import Settings
+from diffkit.protection.sidecar import parameter_digest, remove_leftovers, state
+from diffkit.protection.targets import target_digest
+
+__all__ = ["Item", "Job", "Request", "Unit", "plan_job"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that `diffkit protect` was asked for, but the model's weights.
+
+    Attributes:
+        paths: files and folders.
+        output: folder of the results.
+        settings: method and options.
+        mask: a picture, white where pixels may change, or a folder of them matched by stem.
+        keep_jpeg: JPEG files stay JPEG, encoded again.
+        max_lpips: the budget is lowered until LPIPS is at most this.
+        lpips: backbone of LPIPS, see `diffkit.perceptual.lpips`.
+        batch_size: pictures of one size at once.
+        lean: spare memory from the start.
+        overwrite: replace results of other parameters.
+    """
+
+    paths: tuple[Path, ...]
+    output: Path
+    settings: Settings
+    mask: Path | None = None
+    keep_jpeg: bool = False
+    max_lpips: float | None = None
+    lpips: str = "alex"
+    batch_size: int = 1
+    lean: bool = False
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raise `UserError` for impossible values and combinations."""
+        self.settings.check()
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 1.")
+        if self.mask is not None and not self.mask.exists():
+            raise UserError(f"--mask {self.mask}: no such file or folder.")
+        if self.max_lpips is None:
+            return
+        if not self.max_lpips > 0:
+            raise UserError(f"--max-lpips {self.max_lpips}: must be above 0.")
+        if self.settings.row.joint is not None:
+            raise UserError(
+                f"--max-lpips: {self.settings.method} protects all pictures of a folder with one "
+                "budget; lower --strength instead."
+            )
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of a job.
+
+    Attributes:
+        source: the file.
+        output: where its result goes.
+        digest: SHA-256 of the file's bytes.
+        parameters: `parameter_digest` of the job for this picture.
+        mask: its mask, or None.
+        done: the result is there already.
+    """
+
+    source: Input
+    output: Path
+    digest: str
+    parameters: str
+    mask: Path | None = None
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Pictures that are protected together: one, or those of a folder."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def done(self) -> bool:
+        """True when every picture of it is."""
+        return all(item.done for item in self.items)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All units in a fixed order, and what is left out."""
+
+    units: tuple[Unit, ...]
+    skipped: tuple[Skipped, ...] = field(default=())
+
+    @property
+    def items(self) -> list[Item]:
+        """All pictures."""
+        return [item for unit in self.units for item in unit.items]
+
+    @property
+    def pending(self) -> list[Unit]:
+        """Units with something to do."""
+        return [unit for unit in self.units if not unit.done]
+
+
+def plan_job(request: Request, model: dict[str, Any]) -> Job:
+    """Find the pictures and what of them is done.
+
+    Arguments:
+        request: checked.
+        model: name, revision, digest of the weights and dtype of the attacked model, and whatever
+            else decides bytes.
+
+    Raises:
+        UserError: bad paths, a mask that is missing, or results of other parameters at the place of
+            these without `overwrite`.
+    """
+    inputs, skipped = find_pictures(request.paths, request.output)
+    names = output_names(inputs, request.keep_jpeg)
+    check_originals(inputs, names, request.output)
+    check_writable(request.output)
+    remove_leftovers(request.output)
+    common = _parameters(request, model)
+    masks = _masks(request.mask)
+    joint = request.settings.row.joint is not None
+    digests = {source.relative: sha256(source.path) for source in inputs}
+    sets = _set_digests(inputs, digests) if joint else {}
+    items = []
+    for source in inputs:
+        mask = _mask_of(source, request.mask, masks)
+        own = common | {
+            "mask": None if mask is None else sha256(mask),
+            "set": sets.get(source.root, ""),
+        }
+        digest, parameters = digests[source.relative], parameter_digest(own)
+        output = request.output / names[source.relative]
+        items.append(Item(source, output, digest, parameters, mask))
+    items = _with_states(items, request.overwrite)
+    return Job(tuple(_units(items, joint)), tuple(skipped))
+
+
+def _parameters(request: Request, model: dict[str, Any]) -> dict[str, Any]:
+    settings = request.settings
+    target = settings.shown_target
+    return {
+        **dataclasses.asdict(settings),
+        **dataclasses.asdict(settings.rule()),
+        "prompt": settings.shown_prompt,
+        "target": target_digest(target) if target not in ("", "zero") else target,
+        "keep_jpeg": request.keep_jpeg,
+        "max_lpips": request.max_lpips,
+        "lpips": request.lpips if request.max_lpips is not None else None,
+        "model": model,
+        "tool_version": __version__,
+    }
+
+
+def _set_digests(inputs: Sequence[Input], digests: dict[Any, str]) -> dict[Path, str]:
+    """For each PATH of the command line: what its pictures are, in any order."""
+    groups: dict[Path, list[str]] = {}
+    for source in inputs:
+        groups.setdefault(source.root, []).append(digests[source.relative])
+    return {root: parameter_digest({"set": sorted(group)}) for root, group in groups.items()}
+
+
+def _masks(place: Path | None) -> dict[str, Path]:
+    if place is None or not place.is_dir():
+        return {}
+    found: dict[str, Path] = {}
+    for path in sorted(place.iterdir()):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise UserError(f"--mask: {found[path.stem].name} and {path.name} have one stem.")
+        found[path.stem] = path
+    return found
+
+
+def _mask_of(source: Input, place: Path | None, masks: dict[str, Path]) -> Path | None:
+    if place is None or not place.is_dir():
+        return place
+    if source.path.stem not in masks:
+        raise UserError(f"--mask {place}: has no mask named {source.path.stem} for {source.path}.")
+    return masks[source.path.stem]
+
+
+def _with_states(items: list[Item], overwrite: bool) -> list[Item]:
+    checked, foreign = [], []
+    for item in items:
+        found = state(item.output, item.digest, item.parameters)
+        if found == "other":
+            foreign.append(item.output)
+        checked.append(dataclasses.replace(item, done=found == "done"))
+    if foreign and not overwrite:
+        names = ", ".join(os.fspath(path) for path in foreign[:_SHOWN])
+        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        raise UserError(
+            f"{names}{more}: there already, but not made from these pictures with these settings. "
+            "Give another --output, or --overwrite to replace them."
+        )
+    return checked
+
+
+def _units(items: list[Item], joint: bool) -> list[Unit]:
+    if not joint:
+        return [Unit((item,)) for item in items]
+    groups: dict[Path, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.source.root, []).append(item)
+    # by content, so that names and their order do not matter
+    return [Unit(tuple(sorted(group, key=lambda item: item.digest))) for group in groups.values()]

@@ -1,0 +1,96 @@
+"""What to do when memory runs out: first spare it, then take fewer pictures, then say so."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from diffkit.console import warn
+from diffkit.errors import RunFailed
+
+__all__ = ["Effort", "is_out_of_memory", "with_fallback"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Effort:
+    """How the next pictures are tried; lowered where memory ran out, and kept so.
+
+    Attributes:
+        batch_size: pictures at once.
+        lean: two passes and recomputed activations.
+    """
+
+    batch_size: int = 1
+    lean: bool = False
+
+    def lower(self) -> bool:
+        """Ask for less memory; False when there is no less."""
+        if not self.lean:
+            self.lean = True
+        elif self.batch_size > 1:
+            self.batch_size //= 2
+        else:
+            return False
+        return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or this machine has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    known = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(words in text for words in known)
+
+
+def with_fallback(
+    items: Sequence[T], effort: Effort, call: Callable[[Sequence[T], bool], list[R]], name: str
+) -> list[R]:
+    """call(batch, lean) over all items, in order, with less and less memory as needed.
+
+    Arguments:
+        items: of one size.
+        effort: where to begin; changed in place.
+        call: gives one result an item.
+        name: what errors call the items.
+
+    Raises:
+        RunFailed: one item does not fit, even so.
+    """
+    results: list[R] = []
+    while len(results) < len(items):
+        batch = items[len(results) : len(results) + effort.batch_size]
+        found = _tried(batch, effort, call)
+        if found is not None:
+            results.extend(found)
+            continue
+        # Here, not in the handler, the failed attempt's frames and tensors are gone.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not effort.lower():
+            raise RunFailed(
+                f"{name}: out of memory, even one picture at a time in two passes; try --dtype "
+                "bf16, --views 1, or a smaller picture."
+            )
+        how = "in two passes" if effort.batch_size >= len(batch) else f"{effort.batch_size} at once"
+        warn(f"out of memory with {len(batch)} at once; going on {how}.", anywhere=True)
+    return results
+
+
+def _tried(
+    batch: Sequence[T], effort: Effort, call: Callable[[Sequence[T], bool], list[R]]
+) -> list[R] | None:
+    try:
+        return call(batch, effort.lean)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None

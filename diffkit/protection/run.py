@@ -1,0 +1,96 @@
+"""A whole job over one process or several: units are shared out, results gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from diffkit.console import progress
+from diffkit.generation.run import Processes
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.protection.inputs import Skipped
+from diffkit.protection.job import Job, Request
+from diffkit.protection.worker import Extra, Worker
+
+__all__ = ["Outcome", "run_job"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job left, over all processes.
+
+    Attributes:
+        made: pictures protected now.
+        kept: pictures that were done before.
+        skipped: files that are no pictures, with reasons.
+        failed: pictures that could not be done: path -> reason.
+    """
+
+    made: int
+    kept: int
+    skipped: Sequence[Skipped] = ()
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def run_job(
+    job: Job,
+    request: Request,
+    model: LatentDiffusion | None,
+    *,
+    ensemble: Sequence[LatentDiffusion] = (),
+    extras: Sequence[Extra] = (),
+    perceptual: Any = None,
+    processes: Processes | None = None,
+) -> Outcome:
+    """Do what is pending, this process's share of it, and gather what came of all shares.
+
+    Arguments:
+        job: from `plan_job`, the same in every process.
+        request: what was asked for.
+        model, ensemble: loaded models; None for the random control.
+        extras: what else is measured of each finished picture.
+        perceptual: an LPIPS network, or None.
+        processes: this one among the others.
+    """
+    processes = processes or Processes()
+    mine = job.pending[processes.rank :: processes.count]
+    total = sum(len(unit.items) for unit in mine) * max(1, request.settings.rule().steps)
+    with_bar = _Ticks(total)
+    worker = Worker(request, model, ensemble, extras, with_bar.tick, perceptual=perceptual)
+    worker.run(mine)
+    with_bar.close()
+    made, failed = _gathered(worker.made, worker.failed, processes)
+    kept = sum(item.done for item in job.items)
+    return Outcome(made, kept, job.skipped, failed)
+
+
+class _Ticks:
+    """A progress bar that is told of finished work instead of being iterated."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Iterator[int] = iter(progress(range(total), "protecting"))
+        next(self._bar, None)
+
+    def tick(self, count: int) -> None:
+        for _ in range(count):
+            next(self._bar, None)
+
+    def close(self) -> None:
+        for _ in self._bar:
+            pass
+
+
+def _gathered(
+    made: int, failed: dict[str, str], processes: Processes
+) -> tuple[int, dict[str, str]]:
+    """Sums over all processes; every process gets them, so that all end with one exit code."""
+    processes.wait()
+    if processes.count == 1:
+        return made, failed
+    rows: list[Any] = [None] * processes.count
+    torch.distributed.all_gather_object(rows, (made, failed))
+    every = {path: reason for _, reasons in rows for path, reason in reasons.items()}
+    return sum(count for count, _ in rows), dict(sorted(every.items()))

@@ -1,0 +1,294 @@
+"""Doing the units of a job: read, protect, measure, write; a bad picture is named and left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from diffkit.console import warn
+from diffkit.errors import RunFailed, UserError
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.model_card import public_name
+from diffkit.perceptual.pixels import psnr, ssim
+from diffkit.protection.amplification import amplification_ratio
+from diffkit.protection.image_file import Encoded, Picture, Unreadable, encode_picture, open_picture
+from diffkit.protection.inputs import image_seed
+from diffkit.protection.job import Item, Request, Unit
+from diffkit.protection.memory import Effort, with_fallback
+from diffkit.protection.pgd import random_noise
+from diffkit.protection.protect import ProtectionResult, plan_for, protect
+from diffkit.protection.sidecar import Sidecar, publish
+
+__all__ = ["Extra", "Finished", "Worker"]
+
+Extra = Callable[["Finished"], Mapping[str, Any]]
+"""What else is to be put on record of a finished picture: entries of its `Sidecar`."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A picture whose result is encoded, about to be written.
+
+    Attributes:
+        item: what and where.
+        picture: as it was read.
+        encoded: as it will be written; its pixels are those that count.
+        stats: of the attack.
+        control: random noise of the same budget on the same picture, uint8 (C, H, W).
+    """
+
+    item: Item
+    picture: Picture
+    encoded: Encoded
+    stats: Mapping[str, Any]
+    control: Tensor
+
+
+@dataclass
+class _Opened:
+    item: Item
+    picture: Picture
+    seed: int
+    mask: Tensor | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Pictures with equal keys can be protected at once."""
+        return (self.picture.pixels.shape, self.picture.alpha is None, self.mask is None)
+
+
+@dataclass
+class Worker:
+    """Protects pictures with one model.
+
+    Arguments:
+        request: what was asked for.
+        model: the attacked model; None for the random control.
+        ensemble: further models whose autoencoders are attacked.
+        extras: what else is measured of each finished picture.
+        each: called after every finished step, with the number of pictures in it.
+    """
+
+    request: Request
+    model: LatentDiffusion | None
+    ensemble: Sequence[LatentDiffusion] = ()
+    extras: Sequence[Extra] = ()
+    each: Callable[[int], None] = lambda pictures: None
+    failed: dict[str, str] = field(default_factory=dict)
+    made: int = 0
+    perceptual: Any = None
+
+    def __post_init__(self) -> None:
+        self.effort = Effort(self.request.batch_size, self.request.lean)
+
+    def run(self, units: Sequence[Unit]) -> None:
+        """All units whose surrogate is fixed, in order; failures are kept in `failed`."""
+        waiting: list[_Opened] = []
+        for item in (item for unit in units for item in unit.items if not item.done):
+            opened = self._open(item)
+            if opened is None:
+                continue
+            if waiting and (opened.key != waiting[0].key or len(waiting) == self._together):
+                self._protect(waiting)
+                waiting = []
+            waiting.append(opened)
+        if waiting:
+            self._protect(waiting)
+
+    @property
+    def _together(self) -> int:
+        return 1 if self.request.max_lpips is not None else self.effort.batch_size
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def _open(self, item: Item) -> _Opened | None:
+        try:
+            picture = open_picture(item.source.path)
+            if picture.digest != item.digest:
+                raise Unreadable("it was changed while the job ran; start the job again")
+            mask = None if item.mask is None else read_mask(item.mask, picture.pixels)
+        except Unreadable as error:
+            self.fail(item, error.reason)
+            return None
+        seed = image_seed(self.request.settings.seed, item.source.path.read_bytes())
+        return _Opened(item, picture, seed, mask)
+
+    def fail(self, item: Item, reason: str) -> None:
+        """Name a picture that could not be done."""
+        self.failed[str(item.source.path)] = reason
+        warn(f"{item.source.path}: {reason}", anywhere=True)
+
+    # -- protecting ---------------------------------------------------------------------------
+
+    def _protect(self, rows: Sequence[_Opened]) -> None:
+        names = ", ".join(str(row.item.source.path) for row in rows[:3])
+        try:
+            results = with_fallback(rows, self.effort, self._attack, names)
+        except (RunFailed, UserError) as error:
+            for row in rows:
+                self.fail(row.item, str(error))
+            return
+        for row, result in zip(rows, results, strict=True):
+            self.finish(row, result)
+
+    def _attack(self, rows: Sequence[_Opened], lean: bool) -> list[ProtectionResult]:
+        if self.request.max_lpips is not None:
+            return [self._within_lpips(row, lean) for row in rows]
+        return self._at_levels(rows, lean, None)
+
+    def _at_levels(
+        self, rows: Sequence[_Opened], lean: bool, levels: int | None
+    ) -> list[ProtectionResult]:
+        import dataclasses
+
+        settings = self.request.settings
+        if levels is not None:
+            settings = dataclasses.replace(settings, levels=levels)
+        return protect(
+            torch.stack([row.picture.pixels for row in rows]),
+            self.model,
+            settings,
+            seeds=[row.seed for row in rows],
+            alpha=_stacked([row.picture.alpha for row in rows]),
+            mask=_stacked([row.mask for row in rows]),
+            ensemble=self.ensemble,
+            lean=lean,
+            each=lambda step: self.each(len(rows)),
+        )
+
+    def _within_lpips(self, row: _Opened, lean: bool) -> ProtectionResult:
+        """The largest budget up to the asked one whose LPIPS is small enough, by bisection."""
+        limit = self.request.max_lpips
+        assert limit is not None
+        clean = row.picture.pixels
+
+        def attempt(levels: int) -> tuple[ProtectionResult, bool]:
+            result = self._at_levels([row], lean, levels)[0]
+            return result, self._lpips(clean, result.pixels) <= limit
+
+        asked = self.request.settings.rule().levels
+        levels, found = largest_passing(attempt, asked)
+        if found is None:
+            warn(f"{row.item.source.path}: no budget keeps LPIPS within {limit:g}; left as it is.")
+            found = ProtectionResult(clean, {"steps": 0, "max_change": 0.0, "mean_change": 0.0})
+        return ProtectionResult(found.pixels, {**found.stats, "levels": levels})
+
+    # -- measuring and writing ----------------------------------------------------------------
+
+    def finish(self, row: _Opened, result: ProtectionResult) -> None:
+        """Encode, measure and write one picture."""
+        item, picture = row.item, row.picture
+        try:
+            name = str(item.source.path)
+            encoded = encode_picture(picture, result.pixels, self.request.keep_jpeg, name)
+            levels = result.stats.get("levels", self.request.settings.rule().levels)
+            control = random_noise(picture.pixels[None], levels, [row.seed])[0]
+            done = Finished(item, picture, encoded, result.stats, control)
+            item.output.parent.mkdir(parents=True, exist_ok=True)
+            publish(item.output, encoded.data, self._record(done, levels))
+        except RunFailed as error:
+            self.fail(item, str(error))
+            return
+        self.made += 1
+
+    def _record(self, done: Finished, levels: int) -> Sidecar:
+        settings, clean, q = self.request.settings, done.picture.pixels, done.encoded.pixels
+        delta = (q.short() - clean.short()).abs().float()
+        sizes: list[tuple[int, int]] = []
+        effect: dict[str, Any] = {}
+        if self.model is not None and settings.row.loss is not None:
+            plan = plan_for(self.model, settings, *clean.shape[-2:])
+            sizes = list(plan.shapes)
+            gain = amplification_ratio(self.model.codec, clean, q, done.control, plan.whole[0])
+            effect["encoder_amplification_over_random"] = gain
+        more: dict[str, Any] = {}
+        for extra in self.extras:
+            more |= extra(done)
+        effect |= more.pop("effect", {})
+        return Sidecar(
+            method=settings.method,
+            levels=levels,
+            steps=settings.rule().steps if settings.row.loss is not None else 0,
+            model=None if self.model is None else public_name(self.model.source),
+            model_revision=None if self.model is None else self.model.revision,
+            target=settings.shown_target or None,
+            prompt=settings.shown_prompt or None,
+            seed=settings.seed,
+            input_sha256=done.item.digest,
+            output_sha256=done.encoded.digest,
+            parameter_sha256=done.item.parameters,
+            views=len(sizes),
+            working_sizes=tuple(sizes),
+            max_delta=float(delta.max()),
+            mean_delta=float(delta.mean()),
+            psnr=None if not bool(delta.any()) else float(psnr(clean[None], q[None])),
+            ssim=_optional(lambda: float(ssim(clean[None], q[None]))),
+            lpips=None if self.perceptual is None else self._lpips(clean, q),
+            skipped_steps=int(done.stats.get("skipped_steps", 0)),
+            loss_first=done.stats.get("score_first"),
+            loss_last=done.stats.get("score_last"),
+            effect=effect or None,
+            notices=done.encoded.notices,
+            **more,
+        )
+
+    def _lpips(self, clean: Tensor, other: Tensor) -> float:
+        from diffkit.protection.budget import as_signed
+
+        pair = [as_signed(x[None].expand(-1, 3, -1, -1)) for x in (clean, other.cpu())]
+        with torch.no_grad():
+            return float(self.perceptual(*pair))
+
+
+def largest_passing(
+    attempt: Callable[[int], tuple[ProtectionResult, bool]], asked: int
+) -> tuple[int, ProtectionResult | None]:
+    """The largest k in 1..asked that passes, by bisection from the top; (0, None) if none does.
+
+    Taken to be monotone: what passes at k passes below it.
+    """
+    result, passes = attempt(asked)
+    if passes:
+        return asked, result
+    low, high, best = 0, asked, None
+    while high - low > 1:
+        middle = (low + high) // 2
+        result, passes = attempt(middle)
+        if passes:
+            low, best = middle, result
+        else:
+            high = middle
+    return low, best
+
+
+def read_mask(path: Any, pixels: Tensor) -> Tensor:
+    """A mask's brightness at the picture's size, by the nearest pixel: (1, H, W) in [0, 1].
+
+    Raises `Unreadable`.
+    """
+    height, width = pixels.shape[-2:]
+    try:
+        with Image.open(path) as image:
+            grey = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise Unreadable(f"its mask {path} cannot be read ({error})") from error
+    return torch.from_numpy(np.array(grey, dtype=np.float32) / 255)[None]
+
+
+def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    found = [row for row in rows if row is not None]
+    return torch.stack(found) if found else None
+
+
+def _optional(measure: Callable[[], float]) -> float | None:
+    """A measure whose package may be missing, and which small pictures do not have."""
+    try:
+        return measure()
+    except (UserError, RuntimeError, ValueError):
+        return None
