@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,7 @@ class Experiment:
         text: results -> the Markdown of its section, a title not included.
         draw: results, empty figure -> the drawn figure.
         work: where scratch folders lie.
+        fewer: arms that have fewer seeds than the others -> their seeds.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Experiment:
     text: Callable[[Results], str]
     draw: Callable[[Results, Figure], None]
     work: Path = Path(".build/reproduce")
+    fewer: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def cell(self, arm: str, seed: int) -> Cell:
         """The cell of an arm and a seed."""
@@ -108,7 +110,12 @@ class Experiment:
     def cells(self, arms: Iterable[str], seeds: Iterable[int]) -> list[Cell]:
         """Seed by seed, so that the first pairs are complete early."""
         chosen = list(arms)
-        return [self.cell(arm, seed) for seed in seeds for arm in chosen]
+        return [
+            self.cell(arm, seed)
+            for seed in seeds
+            for arm in chosen
+            if seed in self.fewer.get(arm, self.seeds)
+        ]
 
 
 class Results:
