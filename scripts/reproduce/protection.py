@@ -20,7 +20,7 @@ from runner.experiment import Cell, Experiment, digest
 from runner.inputs import FEATURES
 from runner.main import main
 from runner.work import claim
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from diffkit.files import atomic_write
 from diffkit.models.feature_network import FeatureNetwork
@@ -45,7 +45,7 @@ def clean_version(cell: Cell, model: LatentDiffusion, network: FeatureNetwork) -
             pixels = pixels_of(protected())
             found = look_at(model, network, pixels, None, cell.settings, cell.seed)
             with atomic_write(path) as file:
-                save_file({name: value.contiguous() for name, value in found.items()}, file.name)
+                file.write(save({name: value.contiguous() for name, value in found.items()}))
     return load_file(path)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from runner.experiment import Results
 from runner.intervals import paired_difference
 from runner.report import interval_text
 
+from diffkit.audit.intervals import Interval, is_clear, mean, ratio
 from protection_parts import plan
-from protection_parts.resamples import Interval, Values, mean_interval, ratio_interval
 
-__all__ = ["effects", "is_clear", "retention", "text"]
+__all__ = ["effects", "retention", "text"]
 
-CLEAR_RATIO = 1.5
+Values = NDArray[np.float64]
+"""(seeds, pictures)."""
 
 
 def array(results: Results, arm: str, seeds: Sequence[int], *keys: str) -> Values:
@@ -37,13 +39,6 @@ def effects(results: Results, method: str, levels: int, *keys: str) -> tuple[Val
     return mine, control
 
 
-def is_clear(mine: Values, control: Values) -> bool:
-    """Clear of the control: the interval of the difference leaves 0 out, and 1.5 times as large."""
-    difference = mean_interval(mine - control)
-    ratio = float(mine.mean() / control.mean())
-    return (difference.low > 0 or difference.high < 0) and ratio >= CLEAR_RATIO
-
-
 def retention(results: Results, method: str, levels: int, purifier: str) -> Interval | None:
     """mean effect behind the purifier / mean effect without it, on latents, at strength 0.3."""
     arm = plan.edit_arm(method, levels)
@@ -51,7 +46,7 @@ def retention(results: Results, method: str, levels: int, purifier: str) -> Inte
     if not seeds or method == plan.LATENT:
         return None
     behind = array(results, arm, seeds, "latent", purifier)
-    return ratio_interval(behind, array(results, arm, seeds, "latent", f"{plan.SHOWN}"))
+    return ratio(behind, array(results, arm, seeds, "latent", f"{plan.SHOWN}"))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -90,16 +85,16 @@ def edit_row(results: Results, method: str, levels: int) -> list[str] | None:
         both = effects(results, method, levels, "latent", strength)
         assert both is not None
         if strength == shown:
-            row.append(ratio_interval(*both).text(".2f"))
+            row.append(ratio(*both).text(".2f"))
         else:
             row.append(f"{both[0].mean() / both[1].mean():.2f}")
     both = effects(results, method, levels, "ssim", shown)
     assert both is not None
-    row.append(ratio_interval(*both).text(".2f"))
+    row.append(ratio(*both).text(".2f"))
     seeds = results.seeds(plan.edit_arm(method, levels))
     for key in ("loss", "pull"):
         change = array(results, plan.edit_arm(method, levels), seeds, key)
-        row.append(signed(mean_interval(change)))
+        row.append(signed(mean(change)))
     return row
 
 
