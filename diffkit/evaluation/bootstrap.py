@@ -30,6 +30,7 @@ __all__ = [
     "mean_interval",
     "paired_interval",
     "pivotal_interval",
+    "widened_tails",
 ]
 
 # Resamples drawn from one address: fewer generators to seed, still a few megabytes.
@@ -120,6 +121,15 @@ def pivotal_interval(
     return Interval(2 * value - high, 2 * value - low, level)
 
 
+def widened_tails(group_count: int, level: float = 0.95) -> float:
+    """The share of resamples below (and above) a percentile interval of G >= 2 groups.
+
+    Phi(sqrt(G / (G - 1)) t_{alpha / 2, G - 1}), which tends to alpha / 2 from below.
+    """
+    t = _student_quantile(level, group_count - 1)
+    return 0.5 * math.erfc(math.sqrt(group_count / (group_count - 1)) * t / math.sqrt(2))
+
+
 def _numbered(groups: Tensor) -> tuple[Tensor, int]:
     """Groups numbered from 0, and how many there are."""
     found, inverse = torch.unique(groups, return_inverse=True)
@@ -142,8 +152,7 @@ def _group_counts(count: int, resamples: int, seed: int) -> Iterator[Tensor]:
 
 def _quantiles(replicates: Tensor, group_count: int, level: float) -> tuple[float, float]:
     """Lower and upper quantile of (R,) at the widened tails of `level`."""
-    t = _student_quantile(level, group_count - 1)
-    tail = 0.5 * math.erfc(math.sqrt(group_count / (group_count - 1)) * t / math.sqrt(2))
+    tail = widened_tails(group_count, level)
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64, device=replicates.device)
     low, high = torch.nanquantile(replicates, ends).tolist()
     return low, high

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import numpy as np
 import protection
 import pytest
 import torch
@@ -19,8 +18,7 @@ from protection_parts.artist import KNOWN, LEARNT, protected, reference
 from protection_parts.attacks import attack_latents, picture_seeds, settings_of
 from protection_parts.edits import compare, edit_latents, encode, look_at, purify
 from protection_parts.mimicry import learnt_pictures
-from protection_parts.report import is_clear, retention, text
-from protection_parts.resamples import mean_interval, ratio_interval
+from protection_parts.report import retention, text
 from runner.experiment import Results
 from torch import Tensor
 
@@ -141,29 +139,6 @@ def test_seeds_of_pictures_differ() -> None:
 
 
 # -- intervals and tables -----------------------------------------------------------------------
-
-
-def test_the_interval_of_a_constant_has_no_width() -> None:
-    found = ratio_interval(np.full((3, 4), 6.0), np.full((3, 4), 2.0))
-    assert (found.value, found.low, found.high) == (3, 3, 3)
-
-
-def test_one_ratio_of_means_and_not_a_mean_of_ratios() -> None:
-    top, bottom = np.array([[1.0, 9.0]]), np.array([[1.0, 3.0]])
-    assert ratio_interval(top, bottom).value == 2.5
-
-
-def test_seeds_are_resampled_too() -> None:
-    """Pictures agree and seeds do not: the interval must be as wide as the seeds lie apart."""
-    values = np.repeat(np.array([[0.0], [1.0], [2.0]]), 50, 1)
-    found = mean_interval(values)
-    assert found.value == 1 and found.low < 0.4 and found.high > 1.6
-
-
-def test_clear_of_the_control_needs_half_as_much_again() -> None:
-    control = np.full((3, 4), 1.0)
-    assert is_clear(control * 1.6, control)
-    assert not is_clear(control * 1.4, control)
 
 
 def known() -> Results:

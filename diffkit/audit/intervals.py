@@ -1,0 +1,128 @@
+"""Intervals over pictures and seeds, both drawn anew, so that neither counts as more than it is.
+
+A resample draws as many seeds and as many pictures as there are, with repeats (Owen 2007, "The
+pigeonhole bootstrap"), by address, so that all numbers of one set of values share their resamples:
+an effect and its control are compared on the same draws. Every statistic here is a function of
+means, and the mean of a resample is w_s^T X w_p. Tails are widened as for
+max(seeds, pictures) groups, see `diffkit.evaluation.bootstrap`. With one picture this is the
+bootstrap over its seeds, and says nothing about other pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkit import randomness
+from diffkit.evaluation.bootstrap import widened_tails
+
+__all__ = [
+    "CLEAR_RATIO",
+    "LEVEL",
+    "RESAMPLES",
+    "Interval",
+    "difference",
+    "is_clear",
+    "mean",
+    "of_means",
+    "ratio",
+]
+
+LEVEL = 0.95
+RESAMPLES = 2000
+CLEAR_RATIO = 1.5
+"""An effect is clear of its control only from so many times its size."""
+
+Statistic = Callable[[Tensor], Tensor]
+"""Means (R, k) of k sets of values in R resamples -> the statistic (R,)."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its percentile interval; all NaN where it is undefined."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside; False where the value is undefined."""
+        return self.low > 0 or self.high < 0
+
+    def text(self, form: str) -> str:
+        """`1.2 [0.9, 1.5]`."""
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+    def to_json(self) -> dict[str, float | None]:
+        """As reports hold it; None for what is undefined or infinite."""
+        found = {"value": self.value, "low": self.low, "high": self.high}
+        return {k: v if -float("inf") < v < float("inf") else None for k, v in found.items()}
+
+
+def of_means(statistic: Statistic, *values: Any, resamples: int = RESAMPLES) -> Interval:
+    """A function of the means of k sets of values that share their seeds and pictures.
+
+    Arguments:
+        statistic: see `Statistic`.
+        values: k arrays (seeds, pictures) of one shape.
+        resamples: R. With one value only there is nothing to draw: the interval is NaN.
+    """
+    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
+    _, seeds, pictures = stacked.shape
+    value = float(statistic(torch.stack([one.mean() for one in stacked])[None]))
+    if seeds * pictures < 2:
+        return Interval(value, float("nan"), float("nan"))
+    rows, columns = (_shares(n, resamples, axis) for axis, n in enumerate((seeds, pictures)))
+    # one set at a time, so that equal values have equal means to the last bit
+    means = torch.stack([((rows @ one) * columns).sum(1) for one in stacked], 1)
+    tail = widened_tails(max(seeds, pictures), LEVEL)
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.nanquantile(statistic(means), ends).tolist()
+    return Interval(value, low, high)
+
+
+def mean(values: Any, resamples: int = RESAMPLES) -> Interval:
+    """Of the mean over seeds and pictures, values (seeds, pictures)."""
+    return of_means(lambda m: m[:, 0], values, resamples=resamples)
+
+
+def difference(a: Any, b: Any, resamples: int = RESAMPLES) -> Interval:
+    """Of mean(a) - mean(b), resampled together; a set minus itself is exactly [0, 0]."""
+    return of_means(
+        lambda m: m[:, 0],
+        torch.as_tensor(a, dtype=torch.float64) - torch.as_tensor(b, dtype=torch.float64),
+        resamples=resamples,
+    )
+
+
+def ratio(top: Any, bottom: Any, resamples: int = RESAMPLES) -> Interval:
+    """Of mean(top) / mean(bottom), resampled together; NaN where mean(bottom) is 0."""
+
+    def statistic(m: Tensor) -> Tensor:
+        return torch.where(m[:, 1] == 0, torch.nan, m[:, 0] / m[:, 1])
+
+    return of_means(statistic, top, bottom, resamples=resamples)
+
+
+def is_clear(effect: Any, control: Any, resamples: int = RESAMPLES) -> bool:
+    """Whether an effect is clear of that of random noise, both (seeds, pictures).
+
+    The interval of their difference excludes zero, and |mean effect| is at least 1.5 times
+    |mean control|. Effects that are differences of scores have signs, distances have none.
+    """
+    a, b = (float(torch.as_tensor(v, dtype=torch.float64).mean()) for v in (effect, control))
+    far = abs(a) > 0 and abs(a) >= CLEAR_RATIO * abs(b)
+    return far and difference(effect, control, resamples).excludes_zero
+
+
+def _shares(count: int, resamples: int, axis: int) -> Tensor:
+    """Weights (R, count) of each resample, summing to 1; all equal for a single row."""
+    drawn = randomness.integers(0, count, (resamples, count), "audit", "bootstrap", axis)
+    counts = torch.zeros(resamples, count, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    return counts / count
