@@ -5,18 +5,20 @@ Counting needs shapes only, so that a model of any size is counted in no memory.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffkit.errors import UserError
 from diffkit.models.families import family_of
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.loading import read_index, resolve
 
-__all__ = ["skeleton"]
+__all__ = ["skeleton", "skeleton_of"]
 
 
 def skeleton(source: str, revision: str | None = None) -> LatentDiffusion:
@@ -34,6 +36,25 @@ def skeleton(source: str, revision: str | None = None) -> LatentDiffusion:
     if path.exists() or source.count("/") != 1:
         return LatentDiffusion.load(source, revision=revision).to("meta")
     return _from_folder(_fetch_configs(source, revision), source, revision)
+
+
+def skeleton_of(model: LatentDiffusion) -> LatentDiffusion:
+    """A loaded model's twin on the meta device; nothing is read, and no weight is copied."""
+    weights = [t for net in model.networks.values() for t in (*net.parameters(), *net.buffers())]
+    # What a deep copy has made already is looked up here by the address of the original.
+    made = {id(tensor): _on_meta(tensor) for tensor in weights}
+    twin = LatentDiffusion(copy.deepcopy(model.pipeline(), made), model.source)
+    for network in twin.networks.values():
+        if not hasattr(network, "load_config"):  # transformers'
+            network.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    return twin
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    moved = tensor.detach().to("meta")
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(moved, tensor.requires_grad)
+    return moved
 
 
 def _from_folder(path: Path, source: str, revision: str | None) -> LatentDiffusion:

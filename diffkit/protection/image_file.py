@@ -76,10 +76,17 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Header:
-    """What the start of a file tells: format (a key of `FORMATS`), whether it is lossless."""
+    """What the start of a file tells.
+
+    Attributes:
+        format: a key of `FORMATS`.
+        lossless: whether the file is.
+        size: (height, width) in pixels, before it is turned upright.
+    """
 
     format: str
     lossless: bool
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ def probe(path: str | os.PathLike[str]) -> Header:
         check_kind(image, suffix)
         file.seek(0)
         data = file.read() if image.format == "WEBP" else b""
-        return Header(format_of(image), is_lossless(image, data))
+        return Header(format_of(image), is_lossless(image, data), image.size[::-1])
 
 
 def open_picture(path: str | os.PathLike[str]) -> Picture:

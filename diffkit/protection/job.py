@@ -129,13 +129,13 @@ class Job:
         return [unit for unit in self.units if not unit.done]
 
 
-def plan_job(request: Request, model: dict[str, Any]) -> Job:
+def plan_job(request: Request, model: dict[str, Any] | None) -> Job:
     """Find the pictures and what of them is done.
 
     Arguments:
         request: checked.
         model: name, revision, digest of the weights and dtype of the attacked model, and whatever
-            else decides bytes.
+            else decides bytes. None only looks: nothing is written, nothing counts as done.
 
     Raises:
         UserError: bad paths, a mask that is missing, or results of other parameters at the place of
@@ -144,9 +144,10 @@ def plan_job(request: Request, model: dict[str, Any]) -> Job:
     inputs, skipped = find_pictures(request.paths, request.output)
     names = output_names(inputs, request.keep_jpeg)
     check_originals(inputs, names, request.output)
-    check_writable(request.output)
-    remove_leftovers(request.output)
-    common = _parameters(request, model)
+    if model is not None:
+        check_writable(request.output)
+        remove_leftovers(request.output)
+    common = _parameters(request, model or {})
     masks = _masks(request.mask)
     joint = request.settings.row.joint is not None
     digests = {source.relative: sha256(source.path) for source in inputs}
@@ -161,7 +162,8 @@ def plan_job(request: Request, model: dict[str, Any]) -> Job:
         digest, parameters = digests[source.relative], parameter_digest(own)
         output = request.output / names[source.relative]
         items.append(Item(source, output, digest, parameters, mask))
-    items = _with_states(items, request.overwrite)
+    if model is not None:
+        items = _with_states(items, request.overwrite)
     return Job(tuple(_units(items, joint)), tuple(skipped))
 
 

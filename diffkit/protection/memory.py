@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from diffkit.console import warn
 from diffkit.errors import RunFailed
 
-__all__ = ["Effort", "is_out_of_memory", "with_fallback"]
+__all__ = ["Effort", "free_memory", "is_out_of_memory", "with_fallback"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,6 +40,21 @@ class Effort:
         else:
             return False
         return True
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that can still be taken on a device; None where the system does not tell."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if kind == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(values["MemAvailable"].split()[0])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

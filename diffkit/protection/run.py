@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ class Outcome:
     """What a job left, over all processes.
 
     Attributes:
-        made: pictures protected now.
+        made: results written now.
         kept: pictures that were done before.
         skipped: files that are no pictures, with reasons.
         failed: pictures that could not be done: path -> reason.
     """
 
-    made: int
+    made: tuple[Path, ...]
     kept: int
     skipped: Sequence[Skipped] = ()
     failed: dict[str, str] = field(default_factory=dict)
@@ -56,6 +57,8 @@ def run_job(
         processes: this one among the others.
     """
     processes = processes or Processes()
+    # All must have looked at the folder before one of them changes it, or their shares overlap.
+    processes.wait()
     mine = job.pending[processes.rank :: processes.count]
     total = sum(len(unit.items) for unit in mine) * max(1, request.settings.rule().steps)
     with_bar = _Ticks(total)
@@ -84,13 +87,13 @@ class _Ticks:
 
 
 def _gathered(
-    made: int, failed: dict[str, str], processes: Processes
-) -> tuple[int, dict[str, str]]:
+    made: Sequence[Path], failed: dict[str, str], processes: Processes
+) -> tuple[tuple[Path, ...], dict[str, str]]:
     """Sums over all processes; every process gets them, so that all end with one exit code."""
     processes.wait()
     if processes.count == 1:
-        return made, failed
+        return tuple(made), failed
     rows: list[Any] = [None] * processes.count
     torch.distributed.all_gather_object(rows, (made, failed))
     every = {path: reason for _, reasons in rows for path, reason in reasons.items()}
-    return sum(count for count, _ in rows), dict(sorted(every.items()))
+    return tuple(sorted(path for paths, _ in rows for path in paths)), dict(sorted(every.items()))

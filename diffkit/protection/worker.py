@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.model_card import public_name
 from diffkit.perceptual.pixels import psnr, ssim
 from diffkit.protection.amplification import amplification_ratio
-from diffkit.protection.image_file import Encoded, Picture, Unreadable, encode_picture, open_picture
+from diffkit.protection.image_file import Encoded, Picture, Unreadable, encode_picture, read_picture
+from diffkit.protection.image_pixels import refusals
 from diffkit.protection.inputs import image_seed
 from diffkit.protection.job import Item, Request, Unit
 from diffkit.protection.memory import Effort, with_fallback
@@ -73,6 +75,9 @@ class Worker:
         ensemble: further models whose autoencoders are attacked.
         extras: what else is measured of each finished picture.
         each: called after every finished step, with the number of pictures in it.
+        failed: source -> reason, filled while it runs.
+        made: results written by this worker.
+        perceptual: an LPIPS network, or None.
     """
 
     request: Request
@@ -81,7 +86,7 @@ class Worker:
     extras: Sequence[Extra] = ()
     each: Callable[[int], None] = lambda pictures: None
     failed: dict[str, str] = field(default_factory=dict)
-    made: int = 0
+    made: list[Path] = field(default_factory=list)
     perceptual: Any = None
 
     def __post_init__(self) -> None:
@@ -108,15 +113,18 @@ class Worker:
     # -- reading ------------------------------------------------------------------------------
 
     def _open(self, item: Item) -> _Opened | None:
+        path = item.source.path
         try:
-            picture = open_picture(item.source.path)
+            with refusals():
+                data = path.read_bytes()
+            picture = read_picture(data, path.suffix)
             if picture.digest != item.digest:
                 raise Unreadable("it was changed while the job ran; start the job again")
             mask = None if item.mask is None else read_mask(item.mask, picture.pixels)
         except Unreadable as error:
             self.fail(item, error.reason)
             return None
-        seed = image_seed(self.request.settings.seed, item.source.path.read_bytes())
+        seed = image_seed(self.request.settings.seed, data)
         return _Opened(item, picture, seed, mask)
 
     def fail(self, item: Item, reason: str) -> None:
@@ -195,7 +203,7 @@ class Worker:
         except RunFailed as error:
             self.fail(item, str(error))
             return
-        self.made += 1
+        self.made.append(item.output)
 
     def _record(self, done: Finished, levels: int) -> Sidecar:
         settings, clean, q = self.request.settings, done.picture.pixels, done.encoded.pixels

@@ -23,11 +23,11 @@ from diffkit.randomness import normal
 from tests.protection.gallery import make_gallery
 
 HEADERS = {
-    "png": Header("PNG", True),
-    "jpg": Header("JPEG", False),
-    "webp": Header("WEBP", False),
-    "webp-lossless": Header("WEBP", True),
-    "tif": Header("TIFF", True),
+    "png": Header("PNG", True, (8, 8)),
+    "jpg": Header("JPEG", False, (8, 8)),
+    "webp": Header("WEBP", False, (8, 8)),
+    "webp-lossless": Header("WEBP", True, (8, 8)),
+    "tif": Header("TIFF", True, (8, 8)),
 }
 
 
