@@ -30,6 +30,10 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "generate": Command("diffkit.commands.generate", "make pictures from prompts or pictures"),
     "evaluate": Command("diffkit.commands.evaluate", "measure pictures, compare models"),
+    "protect": Command(
+        "diffkit.commands.protect", "make imitation of pictures harder, say what it cost"
+    ),
+    "audit": Command("diffkit.commands.audit", "measure what a protection is worth"),
     "info": Command("diffkit.commands.info", "show a model's parts, sizes, schedule and cost"),
     "demo": Command("diffkit.commands.demo", "write one page that shows what diffkit does"),
     "data": Command("diffkit.commands.data", "look after a folder of training pictures"),

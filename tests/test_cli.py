@@ -50,7 +50,7 @@ def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[s
     assert main(["genrate", "a"]) == 2
     assert "genrate: no such command. Did you mean generate?" in capsys.readouterr().err
     assert main(["xyzzy"]) == 2
-    assert "Known: data, demo, evaluate" in capsys.readouterr().err
+    assert "Known: audit, data, demo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["data"], ["data", "--help"], ["train", "--help"]])
@@ -59,7 +59,7 @@ def test_a_group_lists_its_commands(words: list[str], capsys: pytest.CaptureFixt
     assert f"usage: diffkit {words[0]} COMMAND" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["generate", "info", "demo"])
+@pytest.mark.parametrize("name", ["generate", "protect", "audit", "info", "demo"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out

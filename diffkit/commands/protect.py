@@ -1,4 +1,4 @@
-"""`diffkit protect`: make imitation of pictures by diffusion models harder, and say what it cost."""
+"""`diffkit protect`: make imitation of pictures by models harder, and say what that cost."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class ProtectConfig:
     sdst+, sdst-, ace, ace+, fsmg, aspl, diffusionguard; auto is sdst- on a GPU, texture on a
     CPU."""
 
-    strength: str = "medium"
-    """Largest change of a pixel: low (4), medium (8), high (16), or 1 to 32 levels of 255."""
+    strength: str | None = None
+    """Largest change of a pixel: low (4), medium (8), high (16), or 1 to 32 levels of 255; default
+    the method's, which is medium, and high for photoguard-diffusion."""
 
     steps: int | None = None
     """Steps of the attack; default the method's."""
@@ -184,17 +185,15 @@ def main(config: ProtectConfig) -> int:
     request.check()
     for line in opening(request, config.model, device, config.method == "auto"):
         say(line)
+    if config.dry_run:
+        return _dry_run(config, request, dtype, device, processes.rank)
     model, ensemble, identity = _models(config, request, dtype, device)
     job = plan_job(request, identity)
-    if config.dry_run or job.pending:
-        from diffkit.commands.protect_estimate import estimate_job
+    if model is not None and job.pending:
+        from diffkit.commands.protect_estimate import Models, estimate_job
 
-        estimate = estimate_job(job, request, config.model, config.revision, device, dtype)
+        estimate = estimate_job(job, request, Models([model, *ensemble]), device, dtype)
         say(estimate.words)
-        if config.dry_run:
-            if config.json:
-                print(json.dumps(estimate.as_json()))
-            return 0
         request = estimate.fitted(request)
     extras, perceptual = _measures(config, request, model)
     outcome = run_job(
@@ -210,8 +209,27 @@ def main(config: ProtectConfig) -> int:
         for line in closing(outcome, request, config.model):
             say(line)
         if config.json:
-            print(json.dumps(_as_json(outcome, request)))
+            print(json.dumps(_as_json(outcome, request, config.model)))
     return 1 if _bad(outcome) else 0
+
+
+def _dry_run(config: ProtectConfig, request: Request, dtype: Any, device: str, rank: int) -> int:
+    """Say what it would take; reads configs and headers, writes nothing."""
+    from diffkit.commands.protect_estimate import Models, estimate_job
+    from diffkit.commands.protect_words import left_out
+    from diffkit.protection.job import plan_job
+
+    job = plan_job(request, None)
+    sources = [config.model, *config.ensemble]
+    models = Models([], sources, config.revision)
+    estimate = estimate_job(job, request, models, device, dtype)
+    say(estimate.words)
+    for line in left_out(job.skipped, {}):
+        say(line)
+    if config.json and rank == 0:
+        skipped = {str(item.path): item.reason for item in job.skipped}
+        print(json.dumps(estimate.as_json() | {"skipped": skipped}))
+    return 0
 
 
 def _request(config: ProtectConfig, device: str) -> Request:
@@ -265,13 +283,13 @@ def _settings(config: ProtectConfig, device: str) -> Settings:
     )
 
 
-def _levels(text: str) -> int:
+def _levels(text: str | None) -> int | None:
     from diffkit.protection.budget import LARGEST
     from diffkit.protection.settings import STRENGTHS
 
-    if text in STRENGTHS:
-        return STRENGTHS[text]
-    if text.isdigit() and 1 <= int(text) <= LARGEST:
+    if text is None or text in STRENGTHS:
+        return None if text is None else STRENGTHS[text]
+    if text.isdecimal() and 1 <= int(text) <= LARGEST:
         return int(text)
     raise UserError(
         f"--strength {text}: give {', '.join(STRENGTHS)}, or a whole number of levels from 1 to "
@@ -315,6 +333,8 @@ def _models(
 
 def _measures(config: ProtectConfig, request: Request, model: Any) -> tuple[list[Any], Any]:
     """What is measured of each picture beyond its pixels, and the LPIPS network if it is here."""
+    import torch
+
     from diffkit.perceptual.lpips import load_lpips
 
     extras: list[Any] = []
@@ -327,7 +347,7 @@ def _measures(config: ProtectConfig, request: Request, model: Any) -> tuple[list
             extras.append(effect_of(model, request, config.purify))
         if config.preview:
             extras.append(preview_of(model, request))
-    device = "cpu" if model is None else model.device
+    device = torch.device("cpu") if model is None else model.device
     try:
         return extras, load_lpips(config.lpips, device)
     except UserError as error:
@@ -338,23 +358,26 @@ def _measures(config: ProtectConfig, request: Request, model: Any) -> tuple[list
 
 
 def _bad(outcome: Outcome) -> bool:
-    """Whether a file that is a picture by its name was not protected."""
+    """Whether a file that is a picture by its name was not protected; links are none."""
     from diffkit.protection.image_file import FORMATS
 
     endings = {ending for known in FORMATS.values() for ending in known}
-    broken = any(item.path.suffix.lower() in endings for item in outcome.skipped)
-    return broken or bool(outcome.failed)
+    paths = [item.path for item in outcome.skipped if not item.path.is_symlink()]
+    return bool(outcome.failed) or any(path.suffix.lower() in endings for path in paths)
 
 
-def _as_json(outcome: Outcome, request: Request) -> dict[str, Any]:
+def _as_json(outcome: Outcome, request: Request, source: str) -> dict[str, Any]:
+    from diffkit.commands.protect_words import measured, model_name
+    from diffkit.protection.notice import notice
+
     return {
         "method": request.settings.method,
         "levels": request.settings.rule().levels,
         "output": str(request.output),
-        "made": outcome.made,
+        "made": [str(path.relative_to(request.output)) for path in outcome.made],
         "kept": outcome.kept,
         "skipped": {str(item.path): item.reason for item in outcome.skipped},
         "failed": outcome.failed,
+        "measured": measured(outcome.made),
+        "notices": notice(model_name(request, source)),
     }
-
-

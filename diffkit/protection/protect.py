@@ -85,6 +85,11 @@ class Attack:
         gradient = ImageGradient(surrogates, row, pictures, plan, draws, lean)
         return cls(settings, pictures, pgd, gradient)
 
+    @property
+    def x(self) -> Tensor:
+        """The pictures as they are now, (B, C, H, W) float32, unrounded."""
+        return self.pgd.origin if self.state is None else self.state.x
+
     def advance(self, count: int, each: Callable[[int], None] | None = None) -> None:
         """`count` more steps; the first call starts the walk."""
         if self.gradient is None:
@@ -212,8 +217,14 @@ def check_model(model: LatentDiffusion, settings: Settings) -> None:
         )
 
 
-def plan_for(model: LatentDiffusion, settings: Settings, height: int, width: int) -> ViewPlan:
-    """The views of a picture of this size through this model."""
+def plan_for(
+    model: LatentDiffusion,
+    settings: Settings,
+    height: int,
+    width: int,
+    device: torch.device | None = None,
+) -> ViewPlan:
+    """The views of a picture of this size through this model, on its own device by default."""
     return plan_views(
         height,
         width,
@@ -223,7 +234,7 @@ def plan_for(model: LatentDiffusion, settings: Settings, height: int, width: int
         views=settings.views,
         tiles=settings.tiles,
         encoder_only=settings.row.encoder_only,
-        on_cpu=model.device.type == "cpu",
+        on_cpu=(device or model.device).type == "cpu",
     )
 
 

@@ -62,7 +62,8 @@ class Sidecar:
         max_delta, mean_delta: of |change| in levels.
         skipped_steps: steps left out because a gradient was not finite.
         loss_first, loss_last: the method's own loss.
-        effect: effect numbers with intervals and controls, if measured.
+        effect: "random_control": PSNR and LPIPS of random noise of equal budget;
+            "encoder_amplification_over_random"; effects on edits with intervals, if measured.
         purification: retention by purifier, or "not measured".
         notices: what the user was told.
         tool_version: of diffkit.

@@ -209,13 +209,13 @@ class Worker:
         settings, clean, q = self.request.settings, done.picture.pixels, done.encoded.pixels
         delta = (q.short() - clean.short()).abs().float()
         sizes: list[tuple[int, int]] = []
-        effect: dict[str, Any] = {}
+        effect: dict[str, Any] = {"random_control": self._distances(clean, done.control)}
         if self.model is not None and settings.row.loss is not None:
             plan = plan_for(self.model, settings, *clean.shape[-2:])
             sizes = list(plan.shapes)
             gain = amplification_ratio(self.model.codec, clean, q, done.control, plan.whole[0])
             effect["encoder_amplification_over_random"] = gain
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = dict(self._distances(clean, q))
         for extra in self.extras:
             more |= extra(done)
         effect |= more.pop("effect", {})
@@ -235,16 +235,21 @@ class Worker:
             working_sizes=tuple(sizes),
             max_delta=float(delta.max()),
             mean_delta=float(delta.mean()),
-            psnr=None if not bool(delta.any()) else float(psnr(clean[None], q[None])),
             ssim=_optional(lambda: float(ssim(clean[None], q[None]))),
-            lpips=None if self.perceptual is None else self._lpips(clean, q),
             skipped_steps=int(done.stats.get("skipped_steps", 0)),
             loss_first=done.stats.get("score_first"),
             loss_last=done.stats.get("score_last"),
-            effect=effect or None,
+            effect=effect,
             notices=done.encoded.notices,
             **more,
         )
+
+    def _distances(self, clean: Tensor, other: Tensor) -> dict[str, float | None]:
+        """PSNR, None for equal pictures, and LPIPS, None without its network."""
+        return {
+            "psnr": None if torch.equal(clean, other) else float(psnr(clean[None], other[None])),
+            "lpips": None if self.perceptual is None else self._lpips(clean, other),
+        }
 
     def _lpips(self, clean: Tensor, other: Tensor) -> float:
         from diffkit.protection.budget import as_signed
