@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffkit.protection.targets import draw_target
 from torch import Tensor
 
 from diffkit.audit.purifiers.registry import parse_purifiers
@@ -21,6 +20,7 @@ from diffkit.objectives.denoising import denoising_loss
 from diffkit.perceptual.pixels import ssim
 from diffkit.protection.budget import as_signed
 from diffkit.protection.losses import mean_square
+from diffkit.protection.targets import draw_target
 from diffkit.randomness import normal, uniform
 from protection_parts.attacks import TARGET
 from protection_parts.plan import SHOWN

@@ -77,7 +77,10 @@ SCORING: dict[str, Any] = {"assets": asset_digests("features")}
 
 MIMICRY_BUDGET = 16
 REPEATED = ("random", "mist", "ace+")
-"""Methods whose mimicry is measured with every seed and both budgets; the others' once."""
+"""Methods whose mimicry is measured with every seed, and at both budgets; the others' once."""
+
+ONCE = ("texture", "pid", "advdm-", "fsmg", "aspl")
+"""Methods whose edits are made with one seed: variants of the others, and slow ones."""
 
 
 def word(method: str) -> str:
@@ -123,9 +126,12 @@ def _mimics() -> dict[str, dict[str, Any]]:
 
 ARMS: dict[str, dict[str, Any]] = {**_edits(), **_mimics()}
 
-FEWER: dict[str, tuple[int, ...]] = {
-    name: SEEDS[:1]
-    for name, arm in ARMS.items()
-    if arm["kind"] == "mimic" and arm["method"] not in (*REPEATED, "clean")
-}
+
+def _once(arm: dict[str, Any]) -> bool:
+    if arm["kind"] == "edit":
+        return arm["method"] in ONCE
+    return arm["method"] not in (*REPEATED, "clean") or arm["levels"] not in (0, MIMICRY_BUDGET)
+
+
+FEWER: dict[str, tuple[int, ...]] = {name: SEEDS[:1] for name, arm in ARMS.items() if _once(arm)}
 """Arms that are made with fewer seeds."""
