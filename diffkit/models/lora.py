@@ -53,6 +53,7 @@ def add_lora(
     seed: int = 0,
     init: Init = "uniform",
     text_targets: Sequence[str] = (),
+    lasting: bool = True,
 ) -> dict[str, nn.Parameter]:
     """Put a new trainable adapter on the denoiser and freeze everything else of it.
 
@@ -70,6 +71,8 @@ def add_lora(
         init: of A: "uniform" in +-1 / sqrt(fan_in) (Kaiming's bound, peft's default), or
             "gaussian" with standard deviation 1 / r (peft's option of that name).
         text_targets: the same endings for the text encoders, which get no layers without.
+        lasting: it will be saved, so the family must be one whose LoRA files load; False for an
+            adapter that is taken off again, which any network can have.
 
     Returns:
         The adapter's parameters, as `lora_parameters` gives them.
@@ -77,7 +80,8 @@ def add_lora(
     Raises:
         UserError: the family has no LoRA, the name is taken or unusable, or nothing matches.
     """
-    model.family.require("lora")
+    if lasting:
+        model.family.require("lora")
     if rank < 1:
         raise UserError(f"LoRA rank {rank}: must be at least 1")
     _check_name(model, name)
@@ -91,7 +95,8 @@ def add_lora(
         }
 
     endings = tuple(targets if targets is not None else model.family.lora_targets)
-    found = {model.family.denoiser: layers_of(model.denoiser.model, endings, "")}
+    found: dict[str, dict[str, LoraLayer]] = {}
+    found[model.family.denoiser] = layers_of(model.denoiser.model, endings, "")
     if text_targets:
         for component, encoder in model.conditioner.encoders.items():
             found[component] = layers_of(encoder, text_targets, f"{component}.")

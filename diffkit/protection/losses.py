@@ -15,6 +15,8 @@ __all__ = [
     "MIST_WEIGHT",
     "mean_square",
     "moment_change",
+    "posterior_mean",
+    "prior_preservation",
     "score_distillation",
     "sum_square",
 ]
@@ -65,3 +67,34 @@ def moment_change(moments: Tensor, start: Tensor, channels: int) -> Tensor:
     if moments.shape[1] > channels:
         change = change + mean_square(moments[:, channels:], start[:, channels:])
     return change
+
+
+def posterior_mean(
+    x0: Tensor, z_t: Tensor, now: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Mean of q(z_s | z_t, x0) of a DDPM (Ho et al. 2020, equation 7), float32 at least.
+
+        m = (alpha_s beta / sigma_t^2) x0 + (a sigma_s^2 / sigma_t^2) z_t,
+        a = alpha_t / alpha_s,    beta = sigma_t^2 - a^2 sigma_s^2
+
+    Arguments:
+        x0: predicted or true latents (B, C, h, w).
+        z_t: noised latents of the same shape.
+        now: alpha and sigma at t, (B,) each.
+        before: those at the earlier time s, (B,) each.
+    """
+    alpha_t, sigma_t, alpha_s, sigma_s = (x.view(-1, 1, 1, 1) for x in (*now, *before))
+    a = alpha_t / alpha_s
+    beta = sigma_t**2 - a**2 * sigma_s**2
+    return (alpha_s * beta * x0 + a * sigma_s**2 * z_t) / sigma_t**2
+
+
+def prior_preservation(instance: Tensor, prior: Tensor, weight: float) -> Tensor:
+    """L(instance) + w L(prior), (B,): the loss of DreamBooth (Ruiz et al. 2022, equation 2).
+
+    Arguments:
+        instance: denoising losses of the pictures, (B,).
+        prior: denoising losses of pictures of their class, (B,).
+        weight: w.
+    """
+    return instance + weight * prior

@@ -30,6 +30,7 @@ class Method:
         name: on the command line.
         words: what it does, for menus.
         loss: J (B,) of a scene; None for the control, which has none.
+        targeted: J where a target is given to a method that has none by default.
         score: J for logs and for the best iterate, where that is not the loss.
         denoiser: which passes of the denoiser a draw needs.
         prompt: what the denoiser is told by default.
@@ -50,6 +51,7 @@ class Method:
     words: str
     loss: Loss | None
     score: Loss | None = None
+    targeted: Loss | None = None
     denoiser: Passes = "none"
     prompt: str = "a picture"
     target: str = ""
@@ -75,7 +77,9 @@ PATTERN = "text:DIFFKIT"
 
 _NOISED = frozenset({"t_range", "times", "prompt", "draws"})
 _TARGETED = _NOISED | {"target"}
-_TRAINED = {"surrogate"}
+_TRAINED = frozenset(
+    {"train_steps", "train_text_encoder", "class_prompt", "class_count", "prior_weight"}
+)
 
 # What the methods of a kind share.
 _ENCODER = Method(
@@ -83,14 +87,16 @@ _ENCODER = Method(
 )
 _DENOISING = Method("denoising", "", None, denoiser="backward", options=_NOISED)
 _SHORT = replace(_DENOISING, denoiser="forward")
-_FINE_TUNED = replace(_DENOISING, step_levels=0.64, options=_NOISED | _TRAINED)
+_FINE_TUNED = replace(
+    _DENOISING, targeted=losses.targeted, step_levels=0.64, options=_TARGETED | _TRAINED
+)
 _ACE = replace(
     _DENOISING,
     target=PATTERN,
     steps=250,
     step_levels=0.75,
     joint="ace",
-    options=_TARGETED | _TRAINED | {"output_kind"},
+    options=_TARGETED | _TRAINED | {"output_kind", "rounds"},
 )
 
 
@@ -178,6 +184,7 @@ _ROWS = (
         "advdm against a surrogate fine-tuned on the pictures",
         losses.semantic,
         joint="fsmg",
+        options=_FINE_TUNED.options | {"surrogate"},
     ),
     _row(
         _FINE_TUNED,
@@ -186,6 +193,7 @@ _ROWS = (
         losses.semantic,
         steps=300,
         joint="aspl",
+        options=_FINE_TUNED.options | {"rounds"},
     ),
     _row(
         _DENOISING,

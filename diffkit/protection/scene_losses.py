@@ -8,6 +8,7 @@ gradient has the wrong sign in about half of the pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from diffkit.protection.losses import (
     MIST_WEIGHT,
     mean_square,
     moment_change,
+    posterior_mean,
     score_distillation,
     sum_square,
 )
@@ -35,6 +37,7 @@ __all__ = [
     "sdst_minus",
     "sdst_score",
     "semantic",
+    "targeted",
     "texture",
 ]
 
@@ -46,6 +49,23 @@ def semantic(scene: Scene) -> Tensor:
     z = scene.z
     output, _ = scene.output(z)
     return mean_square(output, scene.native_target(z))
+
+
+def targeted(scene: Scene) -> Tensor:
+    """L_S - mean (m(z_t, f) - noise(z_T, eps, t-1))^2 of a DDPM (T-FSMG, T-ASPL).
+
+    m is the posterior mean of z at t-1 (`losses.posterior_mean`), and the noised target has the eps
+    of z_t itself (Van Le et al. 2023, arXiv:2303.15433). The noise that a sampler adds
+    to m is left out. t = 0, which has no time below it, is taken for 1.
+    """
+    assert scene.t is not None
+    scene = replace(scene, t=scene.t.clamp_min(1))
+    z, schedule, (t, eps) = scene.z, scene.surrogate.schedule, scene.noise
+    output, z_t = scene.output(z)
+    x0 = schedule.prediction(output, z_t, t).x0
+    mean = posterior_mean(x0, z_t, schedule.alpha_sigma(t), schedule.alpha_sigma(t - 1))
+    wanted = schedule.add_noise(scene.target_z.expand_as(eps), eps, t - 1)
+    return mean_square(output, scene.native_target(z)) - mean_square(mean, wanted)
 
 
 def photoguard(scene: Scene) -> Tensor:

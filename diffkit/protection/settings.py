@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from diffkit.errors import UserError
@@ -16,6 +16,13 @@ __all__ = ["STRENGTHS", "Settings"]
 
 STRENGTHS = {"low": 4, "medium": 8, "high": 16}
 """Budgets in levels by their names."""
+
+_CHOSEN = frozenset(
+    {"prompt", "target", "t_range", "times", "draws", "tiles", "ensemble", "norm", "output_kind",
+     "residual_weight", "surrogate", "rounds", "train_steps", "train_text_encoder", "class_prompt",
+     "class_count", "prior_weight"}
+)  # fmt: skip
+"""What only some methods read: those that name it among their options."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,13 @@ class Settings:
         contrast: give flat areas less of the budget, down to a quarter.
         output_kind: what ACE pulls to the target: the network's own output or its noise.
         residual_weight: of the residual in sdst, 5 or 1 in its paper.
+        surrogate: what fsmg trains, a LoRA or all weights of the denoiser; "lora" by default.
+        rounds: of attack and training; by default 5 (ace), or one for 6 steps (aspl).
+        train_steps: training steps of a round; by default 5 (ace), 3 (aspl), 1000 (fsmg).
+        train_text_encoder: put LoRA on the CLIP text encoders of the surrogate too.
+        class_prompt: of the pictures that remind the surrogate of what the model knew.
+        class_count: how many of them are made; 200 by default.
+        prior_weight: of their loss; by default 1, and 0 on a CPU.
         seed: of all draws, together with the file's bytes.
     """
 
@@ -70,12 +84,22 @@ class Settings:
     contrast: bool = False
     output_kind: Literal["native", "eps"] | None = None
     residual_weight: float | None = None
+    surrogate: Literal["lora", "full"] | None = None
+    rounds: int | None = None
+    train_steps: int | None = None
+    train_text_encoder: bool = False
+    class_prompt: str | None = None
+    class_count: int | None = None
+    prior_weight: float | None = None
     seed: int = 0
 
     @property
     def row(self) -> Method:
-        """The method's row."""
-        return method_named(self.method)
+        """The method's row; with its targeted loss where a target turns that on."""
+        row = method_named(self.method)
+        if self.target is None or row.targeted is None:
+            return row
+        return replace(row, loss=row.targeted)
 
     def rule(self) -> StepRule:
         """How the loop walks, with the method's usual values filled in."""
@@ -121,18 +145,41 @@ class Settings:
                 f"random_start: {row.name} needs it; at the picture itself its gradient is exactly "
                 "0 and nothing would move."
             )
+        self._check_training()
         parse_transforms(",".join(self.transforms))
         if self.shown_target not in ("", "zero"):
             check_target(self.shown_target)
+
+    def _check_training(self) -> None:
+        """Of the surrogate's training."""
+        for name in ("rounds", "train_steps", "class_count"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: {value} must be at least 1.")
+        if self.rounds is not None and self.rounds > self.rule().steps:
+            raise UserError(f"rounds: {self.rounds} are more than the {self.rule().steps} steps.")
+        if self.class_prompt is None:
+            for name in ("class_count", "prior_weight"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{name}: does nothing without a class prompt; add that.")
+        elif self.class_prompt == "":
+            raise UserError("class_prompt: is empty; leave it out, or say what is to be seen.")
+        if self.prior_weight is not None and not self.prior_weight > 0:
+            raise UserError(f"prior_weight: {self.prior_weight} must be above 0.")
+        if self.surrogate == "full" and self.train_text_encoder:
+            raise UserError("train_text_encoder: puts a LoRA on it; leave out surrogate full.")
+        if self.keep_best and self.row.joint in ("ace", "aspl"):
+            raise UserError(
+                f"keep_best: {self.method} trains its surrogate between the steps, and scores of "
+                "two surrogates cannot be compared; leave it out."
+            )
 
     def _check_idle(self, row: Method) -> None:
         usual = Settings(self.method)
         if row.loss is None:
             allowed = {"method", "levels", "seed", "contrast"}
         else:
-            chosen = {"prompt", "target", "t_range", "times", "draws", "tiles", "ensemble", "norm",
-                      "output_kind", "residual_weight"}  # fmt: skip
-            allowed = {field.name for field in fields(self)} - (chosen - row.options)
+            allowed = {field.name for field in fields(self)} - (_CHOSEN - row.options)
         for field in fields(self):
             value = getattr(self, field.name)
             if value != getattr(usual, field.name) and field.name not in allowed:
