@@ -6,6 +6,7 @@ through each network once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +60,13 @@ class Seen:
         """(B, d) unit vectors of the extractor, on the CPU."""
         return F.normalize(self.ruler.extractor(self.images), dim=1)
 
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """(B, d) unit vectors of the text-image scorer, on the CPU."""
+        with torch.no_grad():
+            found = self.ruler.tools.scorer.embed_images(self.images)
+        return F.normalize(found.float(), dim=1).cpu()
+
 
 def _pixels(name: str) -> Callable[[Seen, Seen], Tensor]:
     def run(a: Seen, b: Seen) -> Tensor:
@@ -91,6 +99,10 @@ def _latent_l2(a: Seen, b: Seen) -> Tensor:
 
 def _feature_distance(a: Seen, b: Seen) -> Tensor:
     return 1 - (a.features * b.features).sum(1)
+
+
+def _image_distance(a: Seen, b: Seen) -> Tensor:
+    return 1 - (a.embeddings * b.embeddings).sum(1)
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,13 @@ _ROWS = (
         "feature distance",
         "1 minus the cosine of the two pictures' feature vectors; 0 is the same direction.",
         _feature_distance,
+    ),
+    Distance(
+        "image_distance",
+        "1 − image cosine",
+        "1 minus the cosine of the two pictures' vectors in a space of texts and pictures; 0 is "
+        "the same direction.",
+        _image_distance,
     ),
     Distance(
         "psnr",
@@ -203,6 +222,7 @@ class Ruler:
         known = {
             "lpips": lambda: self.tools.label("lpips"),
             "feature_distance": lambda: self.extractor.label,
+            "image_distance": lambda: self.tools.scorer.label,
         }
         base = DISTANCES[name].label
         return f"{base} ({known[name]()})" if name in known else base
@@ -219,17 +239,21 @@ class Ruler:
         """Every distance (B,) float32 of two batches of B pictures."""
         with torch.no_grad():
             return {
-                name: DISTANCES[name].run(a, b).float()
-                for name in self.names(*a.pixels.shape[-2:])
+                name: DISTANCES[name].run(a, b).float() for name in self.names(*a.pixels.shape[-2:])
             }
 
     def alignment(self, seen: Seen, prompt: str) -> Tensor:
         """Cosine (B,) of picture and prompt by the text-image scorer: does the edit succeed?"""
-        scorer = self.tools.scorer
         with torch.no_grad():
-            text = F.normalize(scorer.embed_texts([prompt]).float(), dim=1)
-            images = F.normalize(scorer.embed_images(seen.images).float(), dim=1)
-        return (images @ text.to(images).T).reshape(-1).cpu()
+            text = F.normalize(self.tools.scorer.embed_texts([prompt]).float(), dim=1)
+        return (seen.embeddings @ text.cpu().T).reshape(-1)
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of all networks that measure: values of another key are not comparable."""
+        kept = ["scorer", *({"lpips"} - self.skipped.keys())]
+        parts = [self.extractor.key, *(self.tools.key(need) for need in kept)]
+        return hashlib.blake2b("\n".join([*parts, *DISTANCES]).encode(), digest_size=8).hexdigest()
 
 
 def _torchmetrics() -> None:

@@ -8,7 +8,7 @@ kept beside the effect under its own name, `vs_original`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,34 +31,42 @@ class Measured:
     Attributes:
         effect: d(E_s(y), E_s(x)) by distance name.
         vs_original: d(E_s(y), x), x in its working view.
+        scores: S(E_s(y)) by score name: "alignment", where there is a prompt.
     """
 
     effect: dict[str, Tensor]
     vs_original: dict[str, Tensor]
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
 
 def compare(
-    edits: Mapping[str, Sequence[Tensor]], originals: Sequence[Tensor], ruler: Ruler
+    edits: Mapping[str, Sequence[Tensor]],
+    originals: Sequence[Tensor],
+    ruler: Ruler,
+    prompt: str = "",
 ) -> dict[str, Measured]:
     """Distances of every version's edits from those of the version "clean", and from the original.
 
     Args:
         edits: version -> one (K, 3, h, w) uint8 a view, "clean" among them.
         originals: the clean picture in each view, (1, 3, h, w) float in [-1, 1].
+        ruler: the distances.
+        prompt: what the edits were asked to show; "" leaves the alignment with it out.
 
     Returns:
         version -> values (K,), the mean over the views. "clean" has no effect of its own.
     """
-    totals: dict[str, tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]] = {}
+    totals: dict[str, tuple[list[dict[str, Tensor]], ...]] = {}
     for number, original in enumerate(originals):
         clean = ruler.see(edits["clean"][number])
         before = ruler.see_images(original.expand(len(clean), -1, -1, -1))
         for name, views in edits.items():
             seen = clean if name == "clean" else ruler.see(views[number])
-            effects, distances = totals.setdefault(name, ([], []))
+            effects, distances, scores = totals.setdefault(name, ([], [], []))
             effects.append({} if name == "clean" else ruler.distances(seen, clean))
             distances.append(ruler.distances(seen, before))
-    return {name: Measured(_mean(a), _mean(b)) for name, (a, b) in totals.items()}
+            scores.append({"alignment": ruler.alignment(seen, prompt)} if prompt else {})
+    return {name: Measured(*map(_mean, parts)) for name, parts in totals.items()}
 
 
 def _mean(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -15,7 +15,19 @@ from diffkit.evaluation.pictures import to_float, to_uint8
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.views import View, plan_views
 
-__all__ = ["Subject", "in_pieces", "picture_key", "sdedit_versions", "working_views"]
+__all__ = [
+    "Subject",
+    "Version",
+    "in_pieces",
+    "on_white",
+    "per_seed",
+    "picture_key",
+    "sdedit_versions",
+    "working_views",
+]
+
+Version = Tensor | Sequence[Tensor]
+"""A version of a picture, (C, H, W) uint8: one for all seeds, or one a seed."""
 
 
 def picture_key(pixels: Tensor) -> str:
@@ -39,6 +51,20 @@ def working_views(model: LatentDiffusion, height: int, width: int) -> list[View]
         views=1,
     )
     return list(plan.whole)
+
+
+def on_white(pixels: Tensor, alpha: Tensor | None) -> Tensor:
+    """What a model sees of a picture with transparency, uint8 (3, H, W).
+
+    Arguments:
+        pixels: uint8 (C, H, W), C 1 or 3, straight colour.
+        alpha: uint8 (1, H, W), or None for an opaque picture.
+    """
+    colour = _rgb(pixels)
+    if alpha is None:
+        return colour.contiguous()
+    share = alpha.float() / 255
+    return (colour * share + 255 * (1 - share)).round().to(torch.uint8)
 
 
 class Subject:
@@ -83,38 +109,47 @@ def sdedit_versions(
     editor: Editor,
     edit: Edit,
     subject: Subject,
-    versions: Mapping[str, Tensor],
+    versions: Mapping[str, Version],
     seeds: Sequence[int],
     batch_size: int = 8,
 ) -> dict[str, list[Tensor]]:
     """Edits of several versions of one picture, all from the same noises.
 
+    Each version goes through the editor by itself, in batches of the same sizes, so that its edits
+    do not depend, not even by rounding, on which other versions there are.
+
     Args:
-        versions: name -> (C, H, W) uint8 of the clean picture's size.
+        versions: name -> (C, H, W) uint8 of the clean picture's size, or one a seed.
         seeds: one edit a seed.
         batch_size: pictures at once.
 
     Returns:
         name -> one (K, 3, h, w) uint8 a view, K seeds, rounded as a saved edit would be.
     """
-    names = list(versions)
-    seen = {name: subject.working(versions[name]) for name in names}
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
     height, width = subject.pixels.shape[-2:]
-    for number, view in enumerate(subject.views):
-        images = torch.cat([seen[name][number] for name in names for _ in seeds])
-        noises = [subject.noise(view, images[:1], seed) for seed in seeds]
-        noise = torch.stack(noises * len(names))
-        sizes = [view.sizes(height, width)] * len(images)
+    found: dict[str, list[Tensor]] = {}
+    for name, version in versions.items():
+        seen = [subject.working(pixels) for pixels in per_seed(version, seeds)]
+        found[name] = []
+        for number, view in enumerate(subject.views):
+            images = torch.cat([views[number] for views in seen])
+            noise = torch.stack([subject.noise(view, images[:1], seed) for seed in seeds])
+            sizes = [view.sizes(height, width)] * len(images)
 
-        def make(rows: slice) -> Tensor:
-            made = editor(images[rows], noise[rows], edit, sizes[rows])  # noqa: B023
-            return to_uint8(made.cpu())
+            def make(rows: slice) -> Tensor:
+                made = editor(images[rows], noise[rows], edit, sizes[rows])  # noqa: B023
+                return to_uint8(made.cpu())
 
-        made = in_pieces(make, len(images), batch_size)
-        for name, part in zip(names, made.split(len(seeds)), strict=True):
-            found[name].append(part)
+            found[name].append(in_pieces(make, len(images), batch_size))
     return found
+
+
+def per_seed(version: Version, seeds: Sequence[int]) -> list[Tensor]:
+    """One picture a seed: the same one where there is only one."""
+    pictures = [version] * len(seeds) if isinstance(version, Tensor) else list(version)
+    if len(pictures) != len(seeds):
+        raise ValueError(f"{len(pictures)} pictures for {len(seeds)} seeds")
+    return pictures
 
 
 def in_pieces(make: Callable[[slice], Tensor], count: int, batch_size: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffkit.perceptual.pixels import psnr
 from diffkit.perceptual.spectra import high_frequency_energy
 
-__all__ = ["DeltaStatistics", "delta_statistics"]
+__all__ = ["DeltaStatistics", "amplified_difference", "delta_statistics"]
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,13 @@ def delta_statistics(clean: Tensor, other: Tensor) -> DeltaStatistics:
         high_frequency=float(high_frequency_energy(delta[None])),
         psnr=float(psnr(clean[None], other[None])),
     )
+
+
+def amplified_difference(clean: Tensor, other: Tensor, factor: int = 8) -> Tensor:
+    """128 + 8 (other - clean) in 0..255: a picture of the change, grey where there is none.
+
+    Arguments:
+        clean, other: uint8 of one shape.
+    """
+    delta = other.to(torch.int32) - clean.to(torch.int32)
+    return (128 + factor * delta).clamp(0, 255).to(torch.uint8)

@@ -57,7 +57,7 @@ def test_it_is_the_stock_pipeline_with_ddim(tiny_sd: Path) -> None:
     assert torch.allclose((own / 2 + 0.5).clamp(0, 1), stock, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd", "sd-v", "sd3", "flux", "edm"])
+@pytest.mark.parametrize("name", ["sd", "sd-v", "sd3", "flux", "sdxl-edm"])
 def test_the_exact_denoiser_gives_the_picture_back(
     name: str, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,11 +76,13 @@ def test_the_exact_denoiser_gives_the_picture_back(
 
     monkeypatch.setattr(model.denoiser, "predict", exact)
     sizes = [Sizes((size, size), (0, 0), (size, size))]
-    whole = model.codec.decode(z_0)
+    mu = schedule.mu(model.denoiser.tokens(*z_0.shape[-2:])) if name == "flux" else None
+    # the last DDIM time keeps a trace of noise where the final alpha is not one
+    end = schedule.sampling_timesteps(10, mu)[-1:]
+    whole = model.codec.decode(schedule.add_noise(z_0, noise, end))
     for strength in (0.1, 0.6):
         edited = editor(image, noise, Edit(strength, 10), sizes)
-        # the last DDIM time keeps a trace of noise where the final alpha is not one
-        assert torch.allclose(edited, whole, atol=0.05)
+        assert torch.allclose(edited, whole, atol=1e-3)
 
 
 def test_equal_pictures_have_no_effect_and_noise_has_one(tiny_sd: Path) -> None:
