@@ -77,8 +77,8 @@ class Draws:
         transforms: names of input transforms to choose from in each draw; empty for none.
         target: what `draw_target` draws, or "zero" for an empty encoding.
         output_kind, residual_weight: see `Scene`.
-        choose: (picture's seed, address, u) -> fraction in [0, 1) of the time axis, in place of
-            the uniform draw; see `timesteps`.
+        choose: (row of the picture, u in [0, 1)) -> fraction in [0, 1) of the time axis, in place
+            of the uniform draw; see `timesteps`.
     """
 
     t_range: tuple[float, float] = (0.0, 1.0)
@@ -125,6 +125,16 @@ class ImageGradient:
             for number in range(len(self.surrogates)):
                 g = self._view_gradient(x, views, step, number, u)
                 total += g if terms == 1 else g / _mean_size(g, views)
+        return total
+
+    def plain(self, x: Tensor, step: int, u: Tensor) -> Tensor:
+        """The gradient of the first surrogate's J summed over the whole views, nothing divided.
+
+        Its size can be compared from time to time; `at` divides views by their mean size.
+        """
+        total = torch.zeros_like(x)
+        for view in self.plan.whole:
+            total += self._view_gradient(x, [view] * len(x), step, 0, u)
         return total
 
     def score(self, x: Tensor) -> Tensor:
@@ -307,8 +317,7 @@ class ImageGradient:
         low, high = self.draws.t_range
         u = torch.stack([uniform((), *address, "time") for address in addresses])
         if self.draws.choose is not None:
-            pairs = zip(self.pictures.seeds, u.tolist(), strict=True)
-            return torch.tensor([self.draws.choose(seed, value) for seed, value in pairs])
+            return torch.tensor([self.draws.choose(i, value) for i, value in enumerate(u.tolist())])
         return low + (high - low) * u
 
     @staticmethod

@@ -157,13 +157,13 @@ class Pgd:
             state.skipped += ~finite
             state.failing = torch.where(finite, 0, state.failing + 1)
             state.longest = torch.maximum(state.longest, state.failing)
-            g = torch.where(finite.view(-1, 1, 1, 1), g, 0.0)
-            state.x = self._step(state, g, step)
-            last = step == first + count - 1
-            if step % SCORE_EVERY == SCORE_EVERY - 1 or last:
+            self._step(state, g, finite.view(-1, 1, 1, 1), step)
+            looked = step % SCORE_EVERY == SCORE_EVERY - 1
+            if looked or step == first + count - 1:
                 self._check(state, step)
-                if score is not None and self.rule.keep_best:
-                    self._note_best(state, score(state.x))
+            # At the walk's own end, not at this call's: calls may be of any length.
+            if score is not None and (looked or step == self.rule.steps - 1):
+                self._note_best(state, score(state.x))
             if each is not None:
                 each(step)
         return state
@@ -173,13 +173,17 @@ class Pgd:
         x = state.x if state.best is None else state.best
         return to_levels(x, self.pixels, self.rule.levels, self.weight)
 
+    def stepped(self, x: Tensor, g: Tensor, step: int = 0) -> Tensor:
+        """x after one sign step along g, inside the box."""
+        return self._into_box(x + self.rule.size(step) * g.sign())
+
     def _step(self, state: State, g: Tensor, step: int) -> Tensor:
         if self.rule.momentum > 0:
             scaled = g / g.abs().flatten(1).mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)
             before = 0.0 if state.velocity is None else self.rule.momentum * state.velocity
             state.velocity = g = before + scaled
         if self.rule.norm == "linf":
-            return self._into_box(state.x + self.rule.size(step) * g.sign())
+            return self.stepped(state.x, g, step)
         unit = self.origin[0].numel() ** 0.5
         length = _L2_STEP * unit * (self.rule.size(step) / LEVEL)
         moved = state.x + length * g / _norms(g).clamp_min(1e-30)

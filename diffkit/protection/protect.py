@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from diffkit.protection.gradients import Draws, ImageGradient, Pictures
 from diffkit.protection.pgd import Pgd, State, random_noise
 from diffkit.protection.settings import Settings
 from diffkit.protection.surrogate import Surrogate, frozen
+from diffkit.protection.timesteps import greedy_choice
 from diffkit.protection.views import ViewPlan, plan_views
 
 __all__ = ["Attack", "ProtectionResult", "check_model", "plan_for", "prepared", "protect"]
@@ -74,7 +75,7 @@ class Attack:
         schedule = surrogates[0].denoiser
         usual = "eps" if schedule is not None and schedule.schedule.kind == "flow" else "native"
         draws = Draws(
-            t_range=settings.t_range,
+            t_range=settings.shown_range,
             sampled=settings.sampled,
             count=row.draws if settings.draws is None else settings.draws,
             transforms=settings.transforms,
@@ -95,6 +96,9 @@ class Attack:
         if self.gradient is None:
             return
         if self.state is None:
+            if self.settings.times == "greedy":
+                choice = greedy_choice(self.gradient, self.pgd)
+                self.gradient.draws = replace(self.gradient.draws, choose=choice)
             self.first = self.gradient.score(self.pgd.origin)
             self.state = self.pgd.start()
         score = self.gradient.score if self.settings.keep_best else None
@@ -169,10 +173,7 @@ def protect(
             pixels = pixels.to(model.device)
         options: dict[str, Any] = {"alpha": alpha, "mask": mask, "lean": lean}
         attack = Attack.prepare(pixels, surrogates, settings, seeds=seeds, plan=plan, **options)
-        if settings.rule().steps or attack.gradient is None:
-            attack.advance(settings.rule().steps, each)
-        else:
-            attack.advance(0)
+        attack.advance(settings.rule().steps, each)
         return attack.finish()
 
 
@@ -209,6 +210,11 @@ def check_model(model: LatentDiffusion, settings: Settings) -> None:
         raise UserError(
             f"{row.name}: needs an inpainting model, whose denoiser takes 2C + 1 channels; this "
             f"one takes {taken} and its latents have {channels}."
+        )
+    if row.loss is row.targeted and model.schedule.kind != "ddpm":
+        raise UserError(
+            f"target: with {row.name} it names what a DDPM's posterior is pulled to, and this model "
+            "has none; leave it out, or use ace."
         )
     if not row.edits and taken != channels:
         raise UserError(
