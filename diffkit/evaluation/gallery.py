@@ -6,7 +6,7 @@ import base64
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +16,7 @@ from PIL import Image
 from diffkit.data.images import decode
 from diffkit.evaluation.wording import number, role_names
 
-__all__ = ["Block", "Extremes", "Gallery", "Pair", "Row", "Shot"]
+__all__ = ["Block", "Extremes", "Gallery", "Pair", "Row", "Shot", "embed"]
 
 _SHOWN = 128  # CSS pixels: the least width of a picture on the page
 _LARGE = 224  # the width of one that is larger than _SHOWN in its file
@@ -96,7 +96,7 @@ class Gallery:
     def __init__(self, samples: Sequence[Mapping[str, Any]], folder: Path) -> None:
         self.samples = samples
         self.folder = folder
-        self._read: dict[str, tuple[str, int, int, bool]] = {}
+        self._read: dict[str, Shot] = {}
         self._sets = {role for sample in samples for role in sample["pictures"]}
         self._names = role_names(self._sets)
 
@@ -182,21 +182,13 @@ class Gallery:
         return Pair(shots, caption, (sample["prompt"] or "") if prompt else "")
 
     def _shot(self, role: str, path: str, sample: Mapping[str, Any]) -> Shot:
-        if path not in self._read:
-            self._read[path] = _embed(self.folder / path)
-        uri, width, height, whole = self._read[path]
         name = self._names[role]
         of_set = f"{name}, " if len(self._sets) > 1 else ""
         about = f", {sample['prompt']}" if sample["prompt"] else ""
-        return Shot(
-            role=name,
-            uri=uri,
-            width=width,
-            height=height,
-            pixelated=whole,
-            file="" if whole else _address(self.folder / path, self.folder),
-            alt=f"{of_set}picture {sample['index']}{about}",
-        )
+        alt = f"{of_set}picture {sample['index']}{about}"
+        if path not in self._read:
+            self._read[path] = embed(self.folder / path, self.folder, name, alt)
+        return replace(self._read[path], role=name, alt=alt)
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -206,7 +198,21 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _embed(path: Path) -> tuple[str, int, int, bool]:
+def embed(path: Path, folder: Path, role: str, alt: str) -> Shot:
+    """A picture file as a page in `folder` holds it."""
+    uri, width, height, whole = _encode(path)
+    return Shot(
+        role=role,
+        uri=uri,
+        width=width,
+        height=height,
+        pixelated=whole,
+        file="" if whole else _address(path, folder),
+        alt=alt,
+    )
+
+
+def _encode(path: Path) -> tuple[str, int, int, bool]:
     """(data URI, width and height on the page, whether all pixels of the file are in it)."""
     image, _ = decode(path)
     side = max(image.size)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from diffkit.evaluation.cost_table import cost_groups
@@ -22,6 +19,7 @@ from diffkit.evaluation.plots import (
     spectrum_difference_plot,
     value_histogram,
 )
+from diffkit.evaluation.templates import render_page
 from diffkit.evaluation.wording import (
     Verdict,
     command_line,
@@ -102,19 +100,10 @@ def write_page(
     Returns:
         The path of the page.
     """
-    text = _template().render(**_content(report, samples, folder))
+    text = render_page("page.html", _content(report, samples, folder))
     with atomic_write(folder / PAGE_NAME, "w") as file:
         file.write(text)
     return folder / PAGE_NAME
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    source = files("diffkit.evaluation").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(source)
 
 
 def _content(

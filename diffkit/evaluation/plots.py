@@ -1,24 +1,17 @@
-"""The plots of the report page: SVG text that takes its colours from the page.
-
-Figures are drawn without a display in placeholder colours; each placeholder then becomes a CSS
-variable, so that one plot serves the light and the dark scheme.
-"""
+"""The plots of the report page, see `svg`."""
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from diffkit.evaluation.svg import COLOUR, STYLE, figure, inline
 from diffkit.evaluation.wording import role_names
 
 __all__ = [
@@ -38,49 +31,18 @@ STAGES = {
     "picture": "whole picture",
 }
 
-_VARIABLES = {
-    "#010101": "ink",
-    "#020202": "soft",
-    "#030303": "line",
-    "#040404": "candidate",
-    "#050505": "baseline",
-    "#060606": "better",
-    "#070707": "worse",
-}
-_COLOUR = {name: placeholder for placeholder, name in _VARIABLES.items()}
-_COLOUR |= {"model": _COLOUR["candidate"], "against": _COLOUR["baseline"]}
-_COLOUR |= {"reference": _COLOUR["soft"]}
-# Any: matplotlib 3.11 types the keys of rcParams, older ones do not.
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9.5,
-    "text.color": _COLOUR["ink"],
-    "axes.labelcolor": _COLOUR["soft"],
-    "axes.edgecolor": _COLOUR["line"],
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": _COLOUR["line"],
-    "grid.linewidth": 0.6,
-    "xtick.color": _COLOUR["soft"],
-    "ytick.color": _COLOUR["soft"],
-    "legend.frameon": False,
-}
-
 
 def spectra_plot(spectra: Mapping[str, Any]) -> str:
     """Mean log10 power of each set over the frequency, 0 to 1 of Nyquist."""
     roles = role_names(spectra["sets"])
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(5.4, 3.1)
+    with mpl.rc_context(STYLE):
+        drawn, axes = figure(5.4, 3.1)
         for role, power in spectra["sets"].items():
             dashes = (4, 2) if role == "reference" else (None, None)
             axes.plot(
                 spectra["frequency"],
                 power,
-                color=_COLOUR[role],
+                color=COLOUR[role],
                 linewidth=1.8,
                 dashes=dashes,
                 label=roles[role],
@@ -88,7 +50,7 @@ def spectra_plot(spectra: Mapping[str, Any]) -> str:
         axes.set(xlabel="frequency, share of Nyquist", ylabel="mean log10 power", xlim=(0, 1))
         axes.legend()
         names = " and ".join(roles[role] for role in spectra["sets"])
-        return _inline(figure, "spectra", f"Power spectra of {names}")
+        return inline(drawn, "spectra", f"Power spectra of {names}")
 
 
 def spectrum_difference_plot(spectra: Mapping[str, Any]) -> str:
@@ -99,12 +61,12 @@ def spectrum_difference_plot(spectra: Mapping[str, Any]) -> str:
     if base is None or not others:
         return ""
     against = role_names(sets)[base]
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(5.4, 3.1)
-        axes.axhline(0, color=_COLOUR["soft"], linewidth=1)
+    with mpl.rc_context(STYLE):
+        drawn, axes = figure(5.4, 3.1)
+        axes.axhline(0, color=COLOUR["soft"], linewidth=1)
         for role in others:
             gap = np.subtract(sets[role], sets[base])
-            axes.plot(spectra["frequency"], gap, color=_COLOUR[role], linewidth=1.8)
+            axes.plot(spectra["frequency"], gap, color=COLOUR[role], linewidth=1.8)
         axes.set(xlabel="frequency, share of Nyquist", ylabel=f"log10 power minus {against}'s")
         axes.set_xlim(0, 1)
         reach = 1.15 * max(0.1, *np.abs(axes.get_ylim()))
@@ -112,7 +74,7 @@ def spectrum_difference_plot(spectra: Mapping[str, Any]) -> str:
         axes.text(0.02, 0.97, "more detail", ha="left", va="top", transform=axes.transAxes)
         axes.text(0.02, 0.03, "less detail", ha="left", va="bottom", transform=axes.transAxes)
         alt = f"Difference of the power spectra from the {against}'s"
-        return _inline(figure, "spectrum-difference", alt)
+        return inline(drawn, "spectrum-difference", alt)
 
 
 def difference_histogram(name: str, differences: Sequence[float], better: str | None) -> str:
@@ -129,13 +91,13 @@ def difference_histogram(name: str, differences: Sequence[float], better: str | 
     # An odd number of bins around zero: the middle one holds what hardly changed.
     counts, edges = np.histogram(finite, bins=2 * half + 1, range=(-reach, reach))
     colours = [_side(centre, better) for centre in (edges[:-1] + edges[1:]) / 2]
-    colours[half] = _COLOUR["soft"]
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(3.4, 2.1)
+    colours[half] = COLOUR["soft"]
+    with mpl.rc_context(STYLE):
+        drawn, axes = figure(3.4, 2.1)
         axes.bar(edges[:-1], counts, 0.94 * np.diff(edges), align="edge", color=colours)
-        axes.axvline(0, color=_COLOUR["ink"], linewidth=1)
+        axes.axvline(0, color=COLOUR["ink"], linewidth=1)
         _count_axes(axes, "candidate − baseline")
-        return _inline(figure, f"histogram-{name}", "Histogram of the differences by picture")
+        return inline(drawn, f"histogram-{name}", "Histogram of the differences by picture")
 
 
 def value_histogram(name: str, values: Mapping[str, Sequence[float]]) -> str:
@@ -148,16 +110,16 @@ def value_histogram(name: str, values: Mapping[str, Sequence[float]]) -> str:
     edges = np.histogram_bin_edges(every, bins=2 * _bins(len(every)))
     roles = role_names(values)
     width = 0.94 * np.diff(edges) / len(finite)
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(3.4, 2.1)
+    with mpl.rc_context(STYLE):
+        drawn, axes = figure(3.4, 2.1)
         for place, (key, found) in enumerate(finite.items()):
             counts, _ = np.histogram(found, bins=edges)
             left = edges[:-1] + place * width
-            axes.bar(left, counts, width, align="edge", color=_COLOUR[key], label=roles[key])
+            axes.bar(left, counts, width, align="edge", color=COLOUR[key], label=roles[key])
         if len(finite) > 1:
             axes.legend()
         _count_axes(axes, "value")
-        return _inline(figure, f"histogram-{name}", "Histogram of the values by picture")
+        return inline(drawn, f"histogram-{name}", "Histogram of the values by picture")
 
 
 def _bins(count: int) -> int:
@@ -179,17 +141,17 @@ def cost_plot(cost: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str]) -
     """
     keys = [key for key in STAGES if any(key in entry["seconds"] for entry in cost.values())]
     height = 0.8 / len(cost)
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(5.4, 0.9 + 0.28 * len(keys) * (1 + len(cost)) / 2 + 0.5)
+    with mpl.rc_context(STYLE):
+        drawn, axes = figure(5.4, 0.9 + 0.28 * len(keys) * (1 + len(cost)) / 2 + 0.5)
         for place, (role, entry) in enumerate(cost.items()):
             found = [
                 (row, entry["seconds"][k]) for row, k in enumerate(keys) if k in entry["seconds"]
             ]
             y = np.array([row for row, _ in found]) + (place - (len(cost) - 1) / 2) * height
             value, low, high = np.array([[s["value"], s["low"], s["high"]] for _, s in found]).T
-            axes.barh(y, value, 0.86 * height, color=_COLOUR[role], label=roles[role])
+            axes.barh(y, value, 0.86 * height, color=COLOUR[role], label=roles[role])
             reach = (value - low, high - value)
-            axes.errorbar(value, y, xerr=reach, fmt="none", ecolor=_COLOUR["ink"], elinewidth=1)
+            axes.errorbar(value, y, xerr=reach, fmt="none", ecolor=COLOUR["ink"], elinewidth=1)
         axes.set_xscale("log")
         axes.set_yticks(range(len(keys)), [STAGES[key] for key in keys])
         axes.tick_params(axis="y", length=0)
@@ -198,38 +160,11 @@ def cost_plot(cost: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str]) -
         axes.set(xlabel="seconds, logarithmic")
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         if len(cost) > 1:
-            figure.legend(loc="outside upper right", ncols=2)
-        return _inline(figure, "cost", "Seconds of each stage for one picture")
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A transparent figure of so many inches with one plot."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.add_subplot()
-    axes.patch.set_visible(False)
-    return figure, axes
+            drawn.legend(loc="outside upper right", ncols=2)
+        return inline(drawn, "cost", "Seconds of each stage for one picture")
 
 
 def _side(centre: float, better: str | None) -> str:
     if better is None:
-        return _COLOUR["candidate"]
-    return _COLOUR["better" if (centre > 0) == (better == "higher") else "worse"]
-
-
-def _inline(figure: Figure, name: str, alt: str) -> str:
-    """The figure as an <svg> element: named for screen readers, its ids prefixed by `name`."""
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(
-        r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", text, flags=re.S
-    )
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
-    text = re.sub("#0[0-9]0[0-9]0[0-9]", lambda found: f"var(--{_VARIABLES[found[0]]})", text)
-    label = html.escape(alt, quote=True)
-    return text.replace("<svg", f'<svg class="plot" role="img" aria-label="{label}"', 1)
+        return COLOUR["candidate"]
+    return COLOUR["better" if (centre > 0) == (better == "higher") else "worse"]
