@@ -23,10 +23,9 @@ from diffkit.evaluation.metrics.tools import Toolbox
 from diffkit.evaluation.pictures import to_float, to_uint8
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.named_weights import optional_module
+from diffkit.perceptual.pixels import ms_ssim, why_no_ms_ssim
 
 __all__ = ["DISTANCES", "Distance", "Ruler", "Seen"]
-
-_MS_SSIM_SIDE = 160  # five scales and a window of 11 pixels need more than this
 
 
 class Seen:
@@ -83,14 +82,7 @@ def _one_minus_ssim(a: Seen, b: Seen) -> Tensor:
 
 
 def _one_minus_ms_ssim(a: Seen, b: Seen) -> Tensor:
-    functional = optional_module("torchmetrics.functional.image", "evaluate", "ms_ssim")
-    mine, other = ((images.double() + 1) / 2 for images in (a.images, b.images))
-    # one at a time: the function averages over the batch before the scales are multiplied
-    values = [
-        functional.multiscale_structural_similarity_index_measure(x, y, data_range=1.0)
-        for x, y in zip(mine.split(1), other.split(1), strict=True)
-    ]
-    return 1 - torch.stack(values).reshape(-1).float().cpu()
+    return 1 - ms_ssim(a.images, b.images).cpu()
 
 
 def _latent_l2(a: Seen, b: Seen) -> Tensor:
@@ -207,7 +199,7 @@ class Ruler:
             except UserError as error:
                 self.skipped[name] = str(error)
         if "ssim" in self.skipped:
-            self.skipped |= dict.fromkeys(("psnr", "ms_ssim"), self.skipped["ssim"])
+            self.skipped["ms_ssim"] = self.skipped["ssim"]
 
     def see(self, pixels: Tensor) -> Seen:
         """Pictures (B, 3, H, W) uint8, ready to be compared."""
@@ -229,10 +221,10 @@ class Ruler:
 
     def names(self, height: int, width: int) -> list[str]:
         """The distances that pictures of this size have; `skipped` says why one is missing."""
-        small = min(height, width) <= _MS_SSIM_SIDE
-        if small and "ms_ssim" not in self.skipped:
-            self.skipped["ms_ssim"] = f"needs sides above {_MS_SSIM_SIDE} pixels"
-        gone = self.skipped.keys() | ({"ms_ssim"} if small else set())
+        gone = set(self.skipped) - ({"ms_ssim"} if "ssim" not in self.skipped else set())
+        if small := why_no_ms_ssim(height, width):
+            self.skipped.setdefault("ms_ssim", small)
+            gone.add("ms_ssim")
         return [name for name in DISTANCES if name not in gone]
 
     def distances(self, a: Seen, b: Seen) -> dict[str, Tensor]:

@@ -138,6 +138,7 @@ class Purifier:
         words: what it does, one line.
         parameters: every number that decides the result, for the report.
         deterministic: the seed plays no part.
+        source: where its model lies, None for none and for the audited one.
     """
 
     def __init__(self, kind: Kind, amount: float, source: str | None, models: Models) -> None:
@@ -154,13 +155,14 @@ class Purifier:
             self.parameters[kind.amount.name] = amount
         if kind.model != "none":
             self.parameters["model"] = "audited" if short is None else short
-        self._amount, self._source, self._models = amount, source, models
+        self.source = source
+        self._amount, self._models = amount, models
         self._work: Work | None = None
 
     def prepare(self) -> Purifier:
         """Load what it needs now instead of at the first picture; raises `UserError`."""
         if self._work is None:
-            self._work = self.kind.build(self._amount, self._models, self._source)
+            self._work = self.kind.build(self._amount, self._models, self.source)
         return self
 
     @torch.no_grad()

@@ -1,0 +1,93 @@
+"""How imitators are trained: usual values of each kind, and what a user may change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffkit.errors import UserError
+
+__all__ = ["DEFAULT_PROMPT", "RECIPES", "MimicrySettings", "Recipe"]
+
+DEFAULT_PROMPT = "a picture in the style of sks"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Usual values of one kind of imitation.
+
+    Attributes:
+        steps, batch_size, learning_rate: of training.
+        class_count: pictures of prior preservation, where it is asked for.
+        source: whose values they are.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    class_count: int
+    source: str
+
+
+RECIPES = {
+    "lora": Recipe(1000, 1, 1e-4, 100, "ACE, arXiv:2310.04687"),
+    "dreambooth": Recipe(1000, 2, 5e-7, 200, "Anti-DreamBooth, arXiv:2303.15433"),
+    "textual-inversion": Recipe(6000, 1, 2e-3, 0, "Mist, arXiv:2305.12683"),
+}
+VECTORS = 8
+"""Embedding rows of the new word in textual inversion (Mist)."""
+
+
+@dataclass(frozen=True)
+class MimicrySettings:
+    """What a user may change; None is the recipe's own.
+
+    Attributes:
+        steps, learning_rate: of training.
+        rank: of lora.
+        instance_prompt: what the pictures are learnt as; None is their captions, else a default.
+        class_prompt: adds prior preservation with this prompt.
+        class_images: a folder of class pictures; None lets the model draw them.
+        samples: pictures that each imitator draws.
+        sample_prompts: what it draws; empty for what it learnt.
+        partial: further sets of which so many per cent are protected.
+    """
+
+    steps: int | None = None
+    rank: int = 4
+    learning_rate: float | None = None
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+    class_images: Path | None = None
+    samples: int = 100
+    sample_prompts: tuple[str, ...] = ()
+    partial: tuple[int, ...] = ()
+
+    def check(self, kinds: Sequence[str]) -> None:
+        """Raise `UserError` for values that cannot work, and for those that nothing reads."""
+        usual = MimicrySettings()
+        for name in vars(usual):
+            given = getattr(self, name) != getattr(usual, name)
+            flag = "--" + name.replace("_", "-")
+            if given and not kinds:
+                raise UserError(f"{flag}: is for imitators; add one to --threats.")
+        if self.rank != usual.rank and "lora" not in kinds:
+            raise UserError("--rank: is for lora; add it to --threats.")
+        if list(kinds) == ["textual-inversion"]:
+            for name in ("instance_prompt", "class_prompt", "class_images"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"--{name.replace('_', '-')}: textual-inversion reads none; leave it out."
+                    )
+        if self.class_images is not None and self.class_prompt is None:
+            raise UserError("--class-images: needs --class-prompt, what they show.")
+        for name in ("steps", "rank", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0.")
+        if self.samples < 2:
+            raise UserError(f"--samples {self.samples}: a distance of sets needs at least 2.")
+        for share in self.partial:
+            if not 0 < share < 100:
+                raise UserError(f"--partial {share}: must lie between 0 and 100 per cent.")
