@@ -71,8 +71,9 @@ class ProtectConfig:
     """White where pixels may change: a picture, or a folder of them with the pictures' names.
     For photoguard-diffusion and diffusionguard: white is what an editor keeps."""
 
-    t_range: str = "0-1"
-    """LO-HI: share of the noise schedule between which times are drawn."""
+    t_range: str | None = None
+    """Share of the noise schedule between which times are drawn, 1 being noise: LO-HI, or high for
+    0.6-1; default 0-1, for ace and ace+ high."""
 
     times: Literal["uniform", "greedy"] = "uniform"
     """How times are drawn; greedy is SimAC's choice."""
@@ -122,6 +123,34 @@ class ProtectConfig:
 
     residual_weight: float | None = None
     """Weight of the residual in sdst, 5 by default."""
+
+    clean: Path | None = None
+    """Folder of unprotected pictures of the same subject that fsmg and aspl learn from; default
+    the pictures themselves."""
+
+    class_prompt: str | None = None
+    """What else the surrogate of ace, fsmg and aspl is to remember, such as "a painting"."""
+
+    class_images: Path | None = None
+    """Folder of pictures of the class prompt; without it the model makes them."""
+
+    class_count: int | None = None
+    """Pictures of the class prompt to be made, 200 by default."""
+
+    prior_weight: float | None = None
+    """Weight of these pictures; 1 by default, and 0 on a CPU."""
+
+    surrogate: Literal["lora", "full"] | None = None
+    """What fsmg trains: a LoRA, the default, or all weights of the denoiser."""
+
+    rounds: int | None = None
+    """Rounds of attack and training; default 5 for ace, one for 6 steps for aspl."""
+
+    train_steps: int | None = None
+    """Training steps of a round; default 5 for ace, 3 for aspl, 1000 for fsmg."""
+
+    train_text_encoder: bool = False
+    """Let the surrogate train its CLIP text encoders too."""
 
     keep_jpeg: bool = False
     """Save JPEG files as JPEG again instead of PNG; weakens the protection."""
@@ -246,6 +275,8 @@ def _request(config: ProtectConfig, device: str) -> Request:
         batch_size=config.batch_size,
         lean=config.low_vram,
         overwrite=config.overwrite,
+        clean=config.clean,
+        class_images=config.class_images,
     )
 
 
@@ -279,6 +310,13 @@ def _settings(config: ProtectConfig, device: str) -> Settings:
         contrast=config.contrast,
         output_kind=config.ace_output,
         residual_weight=config.residual_weight,
+        surrogate=config.surrogate,
+        rounds=config.rounds,
+        train_steps=config.train_steps,
+        train_text_encoder=config.train_text_encoder,
+        class_prompt=config.class_prompt,
+        class_count=config.class_count,
+        prior_weight=config.prior_weight,
         seed=config.seed,
     )
 
@@ -297,12 +335,18 @@ def _levels(text: str | None) -> int | None:
     )
 
 
-def _t_range(text: str) -> tuple[float, float]:
+def _t_range(text: str | None) -> tuple[float, float] | None:
+    from diffkit.protection.methods import HIGH
+
+    if text is None or text == "high":
+        return None if text is None else HIGH
     low, dash, high = text.partition("-")
     try:
         return float(low), float(high)
     except ValueError:
-        raise UserError(f"--t-range {text}: give LO-HI between 0 and 1, such as 0.6-1.") from None
+        raise UserError(
+            f"--t-range {text}: give LO-HI between 0 and 1, or high for 0.6-1."
+        ) from None
 
 
 def _models(

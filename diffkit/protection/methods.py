@@ -17,7 +17,7 @@ from diffkit.protection import editing
 from diffkit.protection import scene_losses as losses
 from diffkit.protection.scene_losses import Loss
 
-__all__ = ["METHODS", "Method", "method_named"]
+__all__ = ["HIGH", "METHODS", "Method", "method_named"]
 
 Passes = Literal["none", "forward", "backward"]
 
@@ -34,6 +34,7 @@ class Method:
         score: J for logs and for the best iterate, where that is not the loss.
         denoiser: which passes of the denoiser a draw needs.
         prompt: what the denoiser is told by default.
+        t_range: fractions of the time axis between which times are usually drawn, 1 being noise.
         target: the default target picture, "" for a method without one.
         needs_start: it compares with the clean picture's moments.
         edits: it protects against inpainting: its mask says what an editor keeps.
@@ -54,6 +55,7 @@ class Method:
     targeted: Loss | None = None
     denoiser: Passes = "none"
     prompt: str = "a picture"
+    t_range: tuple[float, float] = (0.0, 1.0)
     target: str = ""
     needs_start: bool = False
     edits: bool = False
@@ -75,6 +77,9 @@ class Method:
 
 PATTERN = "text:DIFFKIT"
 
+HIGH = (0.6, 1.0)
+"""The noisy part of the time axis: {600..999} of a thousand times, as in the code of ACE."""
+
 _NOISED = frozenset({"t_range", "times", "prompt", "draws"})
 _TARGETED = _NOISED | {"target"}
 _TRAINED = frozenset(
@@ -93,6 +98,7 @@ _FINE_TUNED = replace(
 _ACE = replace(
     _DENOISING,
     target=PATTERN,
+    t_range=HIGH,
     steps=250,
     step_levels=0.75,
     joint="ace",

@@ -162,7 +162,8 @@ class Pgd:
             if looked or step == first + count - 1:
                 self._check(state, step)
             # At the walk's own end, not at this call's: calls may be of any length.
-            if score is not None and (looked or step == self.rule.steps - 1):
+            judged = looked or step == self.rule.steps - 1
+            if score is not None and self.rule.keep_best and judged:
                 self._note_best(state, score(state.x))
             if each is not None:
                 each(step)
@@ -177,17 +178,22 @@ class Pgd:
         """x after one sign step along g, inside the box."""
         return self._into_box(x + self.rule.size(step) * g.sign())
 
-    def _step(self, state: State, g: Tensor, step: int) -> Tensor:
+    def _step(self, state: State, g: Tensor, finite: Tensor, step: int) -> None:
+        """One step along g; where that is not finite neither x nor the velocity changes."""
+        g = torch.where(finite, g, 0.0)
         if self.rule.momentum > 0:
             scaled = g / g.abs().flatten(1).mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)
-            before = 0.0 if state.velocity is None else self.rule.momentum * state.velocity
-            state.velocity = g = before + scaled
-        if self.rule.norm == "linf":
-            return self.stepped(state.x, g, step)
+            before = torch.zeros_like(g) if state.velocity is None else state.velocity
+            g = torch.where(finite, self.rule.momentum * before + scaled, before)
+            state.velocity = g
+        move = self.stepped if self.rule.norm == "linf" else self._moved
+        state.x = torch.where(finite, move(state.x, g, step), state.x)
+
+    def _moved(self, x: Tensor, g: Tensor, step: int) -> Tensor:
+        """x after one step of the "l2" kind."""
         unit = self.origin[0].numel() ** 0.5
         length = _L2_STEP * unit * (self.rule.size(step) / LEVEL)
-        moved = state.x + length * g / _norms(g).clamp_min(1e-30)
-        delta = moved - self.origin
+        delta = x + length * g / _norms(g).clamp_min(1e-30) - self.origin
         radius = _L2_RADIUS * unit
         return self._into_box(self.origin + delta * (radius / _norms(delta)).clamp_max(1))
 

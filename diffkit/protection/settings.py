@@ -68,7 +68,7 @@ class Settings:
     step_levels: float | None = None
     prompt: str | None = None
     target: str | None = None
-    t_range: tuple[float, float] = (0.0, 1.0)
+    t_range: tuple[float, float] | None = None
     times: Literal["uniform", "greedy"] = "uniform"
     draws: int | None = None
     sampled: bool = False
@@ -117,6 +117,11 @@ class Settings:
         )
 
     @property
+    def shown_range(self) -> tuple[float, float]:
+        """The fractions of the time axis between which times are drawn."""
+        return _or(self.t_range, self.row.t_range)
+
+    @property
     def shown_target(self) -> str:
         """The target that is drawn; "" for a method without one."""
         return _or(self.target, self.row.target)
@@ -133,7 +138,7 @@ class Settings:
         if self.levels is not None:
             check_levels(self.levels)
         self._check_idle(row)
-        low, high = self.t_range
+        low, high = self.shown_range
         if not 0 <= low < high <= 1:
             raise UserError(f"t_range: {low:g}-{high:g} must satisfy 0 <= low < high <= 1.")
         if self.draws is not None and self.draws < 1:
@@ -185,7 +190,7 @@ class Settings:
             if value != getattr(usual, field.name) and field.name not in allowed:
                 name = field.name.replace("_", "-")
                 raise UserError(f"--{name}: does nothing for the method {row.name}; leave it out.")
-        if self.times == "greedy" and self.t_range != (0.0, 1.0):
+        if self.times == "greedy" and self.t_range is not None:
             raise UserError("--t-range: the greedy choice of times has none; leave it out.")
 
 
