@@ -16,6 +16,7 @@ from typing import Any
 from diffkit import __version__
 from diffkit.errors import UserError
 from diffkit.files import check_writable, sha256
+from diffkit.protection.companions import CLASS_COUNT, folder_digest
 from diffkit.protection.inputs import (
     Input,
     Skipped,
@@ -23,6 +24,7 @@ from diffkit.protection.inputs import (
     find_pictures,
     output_names,
 )
+from diffkit.protection.joint import attack_rounds, training_steps
 from diffkit.protection.settings import Settings
 from diffkit.protection.sidecar import parameter_digest, remove_leftovers, state
 from diffkit.protection.targets import target_digest
@@ -47,6 +49,8 @@ class Request:
         batch_size: pictures of one size at once.
         lean: spare memory from the start.
         overwrite: replace results of other parameters.
+        clean: folder of unprotected pictures of the same subject, for fsmg and aspl.
+        class_images: folder of pictures of the class prompt.
     """
 
     paths: tuple[Path, ...]
@@ -59,10 +63,13 @@ class Request:
     batch_size: int = 1
     lean: bool = False
     overwrite: bool = False
+    clean: Path | None = None
+    class_images: Path | None = None
 
     def check(self) -> None:
         """Raise `UserError` for impossible values and combinations."""
         self.settings.check()
+        self._check_companions()
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: must be at least 1.")
         if self.mask is not None and not self.mask.exists():
@@ -76,6 +83,24 @@ class Request:
                 f"--max-lpips: {self.settings.method} protects all pictures of a folder with one "
                 "budget; lower --strength instead."
             )
+
+    def _check_companions(self) -> None:
+        settings = self.settings
+        if self.clean is not None and settings.row.joint not in ("fsmg", "aspl"):
+            raise UserError(
+                f"--clean: does nothing for the method {settings.method}; leave it out."
+            )
+        if self.class_images is not None and settings.class_prompt is None:
+            raise UserError("--class-images: say what they show with --class-prompt.")
+        if self.class_images is not None and settings.class_count is not None:
+            raise UserError(
+                "--class-count: no class pictures are made where --class-images gives them; leave "
+                "one of the two out."
+            )
+        for name in ("clean", "class_images"):
+            place: Path | None = getattr(self, name)
+            if place is not None and not place.is_dir():
+                raise UserError(f"--{name.replace('_', '-')} {place}: no such folder.")
 
 
 @dataclass(frozen=True)
@@ -150,18 +175,17 @@ def plan_job(request: Request, model: dict[str, Any] | None) -> Job:
     common = _parameters(request, model or {})
     masks = _masks(request.mask)
     joint = request.settings.row.joint is not None
-    digests = {source.relative: sha256(source.path) for source in inputs}
-    sets = _set_digests(inputs, digests) if joint else {}
-    items = []
+    found: list[tuple[Input, Path | None, str, str | None]] = []
     for source in inputs:
         mask = _mask_of(source, request.mask, masks)
-        own = common | {
-            "mask": None if mask is None else sha256(mask),
-            "set": sets.get(source.root, ""),
-        }
-        digest, parameters = digests[source.relative], parameter_digest(own)
+        masked = None if mask is None else sha256(mask)
+        found.append((source, mask, sha256(source.path), masked))
+    sets = _set_digests(found) if joint else {}
+    items = []
+    for source, mask, digest, masked in found:
+        own = common | {"mask": masked, "set": sets.get(source.root, "")}
         output = request.output / names[source.relative]
-        items.append(Item(source, output, digest, parameters, mask))
+        items.append(Item(source, output, digest, parameter_digest(own), mask))
     if model is not None:
         items = _with_states(items, request.overwrite)
     return Job(tuple(_units(items, joint)), tuple(skipped))
@@ -173,6 +197,7 @@ def _parameters(request: Request, model: dict[str, Any]) -> dict[str, Any]:
     return {
         **dataclasses.asdict(settings),
         **dataclasses.asdict(settings.rule()),
+        **_companions(request),
         "prompt": settings.shown_prompt,
         "target": target_digest(target) if target not in ("", "zero") else target,
         "keep_jpeg": request.keep_jpeg,
@@ -183,11 +208,31 @@ def _parameters(request: Request, model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _set_digests(inputs: Sequence[Input], digests: dict[Any, str]) -> dict[Path, str]:
-    """For each PATH of the command line: what its pictures are, in any order."""
+def _companions(request: Request) -> dict[str, Any]:
+    """What a surrogate learns from and how, defaults filled in."""
+    settings = request.settings
+    if settings.row.joint is None:
+        return {}
+    folders = {"clean": request.clean, "class_images": request.class_images}
+    made = settings.class_prompt is not None and request.class_images is None
+    return {
+        "attack_rounds": attack_rounds(settings),
+        "rounds": None,
+        "train_steps": training_steps(settings),
+        "surrogate": settings.surrogate or "lora",
+        "class_count": (settings.class_count or CLASS_COUNT) if made else None,
+        **{
+            name: None if place is None else folder_digest(place, request.output)
+            for name, place in folders.items()
+        },
+    }
+
+
+def _set_digests(found: Sequence[tuple[Input, Any, str, str | None]]) -> dict[Path, str]:
+    """For each PATH of the command line: what its pictures and their masks are, in any order."""
     groups: dict[Path, list[str]] = {}
-    for source in inputs:
-        groups.setdefault(source.root, []).append(digests[source.relative])
+    for source, _, digest, masked in found:
+        groups.setdefault(source.root, []).append(f"{digest} {masked}")
     return {root: parameter_digest({"set": sorted(group)}) for root, group in groups.items()}
 
 

@@ -13,7 +13,7 @@ import torch
 from diffkit.console import warn
 from diffkit.errors import RunFailed
 
-__all__ = ["Effort", "free_memory", "is_out_of_memory", "with_fallback"]
+__all__ = ["Effort", "free_memory", "is_out_of_memory", "with_fallback", "with_less"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -82,11 +82,33 @@ def with_fallback(
     """
     results: list[R] = []
     while len(results) < len(items):
-        batch = items[len(results) : len(results) + effort.batch_size]
-        found = _tried(batch, effort, call)
+
+        def next_batch() -> list[R]:
+            start = len(results)
+            return call(items[start : start + effort.batch_size], effort.lean)
+
+        left = len(items) - len(results)
+        results.extend(with_less(effort, next_batch, name, left))
+    return results
+
+
+def with_less(effort: Effort, call: Callable[[], R], name: str, count: int) -> R:
+    """call(), which reads `effort` anew in each try, with less and less memory as needed.
+
+    Arguments:
+        effort: where to begin; changed in place.
+        call: the whole work, from its beginning.
+        name: what errors call it.
+        count: pictures that could be taken at once.
+
+    Raises:
+        RunFailed: nothing less is left.
+    """
+    while True:
+        batch = min(effort.batch_size, count)
+        found = _tried(call)
         if found is not None:
-            results.extend(found)
-            continue
+            return found[0]
         # Here, not in the handler, the failed attempt's frames and tensors are gone.
         gc.collect()
         if torch.cuda.is_available():
@@ -96,16 +118,13 @@ def with_fallback(
                 f"{name}: out of memory, even one picture at a time in two passes; try --dtype "
                 "bf16, --views 1, or a smaller picture."
             )
-        how = "in two passes" if effort.batch_size >= len(batch) else f"{effort.batch_size} at once"
-        warn(f"out of memory with {len(batch)} at once; going on {how}.", anywhere=True)
-    return results
+        how = "in two passes" if effort.batch_size >= batch else f"{effort.batch_size} at once"
+        warn(f"out of memory with {batch} at once; going on {how}.", anywhere=True)
 
 
-def _tried(
-    batch: Sequence[T], effort: Effort, call: Callable[[Sequence[T], bool], list[R]]
-) -> list[R] | None:
+def _tried(call: Callable[[], R]) -> tuple[R] | None:
     try:
-        return call(batch, effort.lean)
+        return (call(),)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

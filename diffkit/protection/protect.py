@@ -211,10 +211,10 @@ def check_model(model: LatentDiffusion, settings: Settings) -> None:
             f"{row.name}: needs an inpainting model, whose denoiser takes 2C + 1 channels; this "
             f"one takes {taken} and its latents have {channels}."
         )
-    if row.loss is row.targeted and model.schedule.kind != "ddpm":
+    if row.targeted is not None and settings.target is not None and model.schedule.kind != "ddpm":
         raise UserError(
-            f"target: with {row.name} it names what a DDPM's posterior is pulled to, and this model "
-            "has none; leave it out, or use ace."
+            f"target: with {row.name} it is what the posterior of a DDPM is pulled to, and this "
+            "model has none; leave it out, or use ace."
         )
     if not row.edits and taken != channels:
         raise UserError(

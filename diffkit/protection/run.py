@@ -12,8 +12,11 @@ import torch
 from diffkit.console import progress
 from diffkit.generation.run import Processes
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.protection.companions import class_pictures
 from diffkit.protection.inputs import Skipped
-from diffkit.protection.job import Job, Request
+from diffkit.protection.job import Job, Request, Unit
+from diffkit.protection.joint import work_of
+from diffkit.protection.settings import Settings
 from diffkit.protection.worker import Extra, Worker
 
 __all__ = ["Outcome", "run_job"]
@@ -60,14 +63,32 @@ def run_job(
     # All must have looked at the folder before one of them changes it, or their shares overlap.
     processes.wait()
     mine = job.pending[processes.rank :: processes.count]
-    total = sum(len(unit.items) for unit in mine) * max(1, request.settings.rule().steps)
-    with_bar = _Ticks(total)
-    worker = Worker(request, model, ensemble, extras, with_bar.tick, perceptual=perceptual)
+    given = None
+    if model is not None and job.pending:
+        args = (request.settings, model, request.class_images, request.output, processes)
+        given = class_pictures(*args)
+    with_bar = _Ticks(sum(_work(unit, request.settings) for unit in mine))
+    worker = Worker(
+        request,
+        model,
+        ensemble,
+        extras,
+        with_bar.tick,
+        perceptual=perceptual,
+        class_images=given,
+    )
     worker.run(mine)
     with_bar.close()
     made, failed = _gathered(worker.made, worker.failed, processes)
     kept = sum(item.done for item in job.items)
     return Outcome(made, kept, job.skipped, failed)
+
+
+def _work(unit: Unit, settings: Settings) -> int:
+    """Ticks of the progress bar for a unit."""
+    if settings.row.joint is not None:
+        return work_of(settings, len(unit.items))
+    return len(unit.items) * max(1, settings.rule().steps)
 
 
 class _Ticks:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
@@ -90,6 +90,7 @@ class Sidecar:
     skipped_steps: int = 0
     loss_first: float | None = None
     loss_last: float | None = None
+    surrogate_change: Sequence[float] | None = None
     effect: Mapping[str, Any] | None = None
     purification: Mapping[str, Any] | str = NOT_MEASURED
     notices: tuple[str, ...] = ()

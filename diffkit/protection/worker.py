@@ -18,11 +18,13 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.model_card import public_name
 from diffkit.perceptual.pixels import psnr, ssim
 from diffkit.protection.amplification import amplification_ratio
+from diffkit.protection.companions import read_folder
 from diffkit.protection.image_file import Encoded, Picture, Unreadable, encode_picture, read_picture
 from diffkit.protection.image_pixels import refusals
 from diffkit.protection.inputs import image_seed
 from diffkit.protection.job import Item, Request, Unit
-from diffkit.protection.memory import Effort, with_fallback
+from diffkit.protection.joint import protect_set
+from diffkit.protection.memory import Effort, with_fallback, with_less
 from diffkit.protection.pgd import random_noise
 from diffkit.protection.protect import ProtectionResult, plan_for, protect
 from diffkit.protection.sidecar import Sidecar, publish
@@ -78,6 +80,7 @@ class Worker:
         failed: source -> reason, filled while it runs.
         made: results written by this worker.
         perceptual: an LPIPS network, or None.
+        class_images: of a method that trains a surrogate, see `protect_set`.
     """
 
     request: Request
@@ -88,12 +91,17 @@ class Worker:
     failed: dict[str, str] = field(default_factory=dict)
     made: list[Path] = field(default_factory=list)
     perceptual: Any = None
+    class_images: Sequence[Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.effort = Effort(self.request.batch_size, self.request.lean)
 
     def run(self, units: Sequence[Unit]) -> None:
-        """All units whose surrogate is fixed, in order; failures are kept in `failed`."""
+        """All units in order; failures are kept in `failed`."""
+        if self.request.settings.row.joint is not None:
+            for unit in units:
+                self._run_set(unit)
+            return
         waiting: list[_Opened] = []
         for item in (item for unit in units for item in unit.items if not item.done):
             opened = self._open(item)
@@ -105,6 +113,42 @@ class Worker:
             waiting.append(opened)
         if waiting:
             self._protect(waiting)
+
+    def _run_set(self, unit: Unit) -> None:
+        """A unit that is protected as one: what can be read of it, and all of that is written."""
+        rows = [(item, self._open(item)) for item in unit.items]
+        good = [row for _, row in rows if row is not None]
+        if all(row.item.done for row in good):
+            return  # what is missing cannot be read
+        name = str(unit.items[0].source.root)
+        try:
+            results = with_less(self.effort, lambda: self._attack_set(good), name, len(good))
+        except (RunFailed, UserError) as error:
+            for row in good:
+                self.fail(row.item, str(error))
+            return
+        for row, result in zip(good, results, strict=True):
+            self.finish(row, result)
+
+    def _attack_set(self, rows: Sequence[_Opened]) -> list[ProtectionResult]:
+        assert self.model is not None
+        request = self.request
+        clean = None
+        if request.clean is not None:
+            clean = read_folder(request.clean, request.output, "--clean")
+        return protect_set(
+            [row.picture.pixels for row in rows],
+            self.model,
+            request.settings,
+            seeds=[row.seed for row in rows],
+            alphas=[row.picture.alpha for row in rows],
+            masks=[row.mask for row in rows],
+            clean=clean,
+            class_images=self.class_images,
+            lean=self.effort.lean,
+            batch_size=self.effort.batch_size,
+            each=self.each,
+        )
 
     @property
     def _together(self) -> int:
@@ -239,6 +283,7 @@ class Worker:
             skipped_steps=int(done.stats.get("skipped_steps", 0)),
             loss_first=done.stats.get("score_first"),
             loss_last=done.stats.get("score_last"),
+            surrogate_change=done.stats.get("surrogate_change"),
             effect=effect,
             notices=done.encoded.notices,
             **more,
