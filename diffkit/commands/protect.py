@@ -356,6 +356,7 @@ def _models(
     from diffkit.generation.engine import weights_digest
     from diffkit.models.latent_diffusion import LatentDiffusion
     from diffkit.models.model_card import public_name
+    from diffkit.protection.protect import prepared
 
     if request.settings.row.loss is None:
         return None, [], {}
@@ -366,6 +367,8 @@ def _models(
         )
         for i, source in enumerate(sources)
     ]
+    with prepared(loaded[0], request.settings, loaded[1:]):
+        pass  # refuses what it cannot do before anything is written
     identity = {
         "names": [public_name(source) for source in sources],
         "revision": config.revision,
