@@ -60,7 +60,7 @@ def test_the_page_has_every_panel_and_fetches_nothing(
     links = Links()
     links.feed(text)
     assert links.open == []
-    assert len(links.sources) == 4 + 4 + 5 + 2 * 4
+    assert len(links.sources) == 4 + 4 + 5 + 2 * 4 + 3 * 5
     for source in links.sources:
         head, _, data = source.partition(",")
         assert head == "data:image/png;base64"

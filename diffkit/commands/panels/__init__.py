@@ -23,6 +23,7 @@ PANELS = (
     "diffkit.commands.panels.generation:guidance",
     "diffkit.commands.panels.generation:from_a_picture",
     "diffkit.commands.panels.evaluation:few_steps",
+    "diffkit.commands.panels.protection:before_and_after",
     "diffkit.commands.panels.model:what_it_is",
 )
 
