@@ -103,7 +103,10 @@ class Worker:
                 self._run_set(unit)
             return
         waiting: list[_Opened] = []
-        for item in (item for unit in units for item in unit.items if not item.done):
+        items = [item for unit in units for item in unit.items if not item.done]
+        if self.effort.batch_size > 1:
+            items.sort(key=lambda item: item.source.header.size)  # so that batches fill
+        for item in items:
             opened = self._open(item)
             if opened is None:
                 continue
@@ -270,7 +273,7 @@ class Worker:
             model=None if self.model is None else public_name(self.model.source),
             model_revision=None if self.model is None else self.model.revision,
             target=settings.shown_target or None,
-            prompt=settings.shown_prompt or None,
+            prompt=None if self.model is None else settings.prompt_for(self.model) or None,
             seed=settings.seed,
             input_sha256=done.item.digest,
             output_sha256=done.encoded.digest,
