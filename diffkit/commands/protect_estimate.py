@@ -171,8 +171,8 @@ def estimate_job(
     if settings.row.loss is None or not items:
         return JobEstimate(settings, len(items), present)
     nets = models.skeletons()
-    if not settings.row.encoder_only:
-        check_model(nets[0], settings)
+    for net in nets:
+        check_model(net, settings)
     sizes = Counter(item.source.header.size for item in items)
     place = torch.device(device)
     plans = {size: plan_for(nets[0], settings, *size, device=place).shapes for size in sizes}

@@ -2,7 +2,8 @@
 
     g = sum_v  g_v / mean |g_v|,     g_v = J_v^T J_E^T c,     c = mean_k dJ(moments; t_k, eps_k)
 
-with J_v the Jacobian of the view (crop and resize) and J_E that of the encoder. All losses depend
+with J_v the Jacobian of the view (crop and resize) and J_E that of the encoder; the tiles of a
+picture, weighted by their windows and summed, count as one view. All losses depend
 on the pixels through the encoder's moments alone, so K draws of noise and time cost K passes of the
 denoiser and one of the encoder. With input transforms each draw sees another picture and needs an
 encoder pass of its own.
@@ -112,6 +113,7 @@ class ImageGradient:
     draws: Draws
     lean: bool = False
     _targets: dict[tuple[int, tuple[int, int]], Tensor] = field(default_factory=dict)
+    _starts: dict[tuple[int, View | None], Tensor] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         return self.at(x, step, None)
@@ -120,11 +122,18 @@ class ImageGradient:
         """The gradient at step `step`; with `u` (B,) at these fractions of the time axis."""
         total = torch.zeros_like(x)
         groups = self._views(step)
-        terms = len(groups) * len(self.surrogates)
-        for views in groups:
-            for number in range(len(self.surrogates)):
+        alone = len(groups) * len(self.surrogates) == 1
+        for number in range(len(self.surrogates)):
+            tiles = torch.zeros_like(x) if self.plan.tiling else None
+            for views in groups:
                 g = self._view_gradient(x, views, step, number, u)
-                total += g if terms == 1 else g / _mean_size(g, views)
+                if tiles is not None and views[0].windowed:
+                    tiles += g
+                else:
+                    total += g if alone else g / _mean_size(g, views)
+            if tiles is not None:
+                # their windows sum to one, so that together they are one view of the picture
+                total += tiles / tiles.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-30)
         return total
 
     def plain(self, x: Tensor, step: int, u: Tensor) -> Tensor:
@@ -249,14 +258,22 @@ class ImageGradient:
         if keep is not None and self.surrogates[number].inpaints:
             # what an inpainting model is given: the picture without what is to be painted
             images = images * keep
-        start = None
-        if self.method.needs_start:
-            with torch.no_grad():
-                clean = _through(views, self.pictures.shown(self.pictures.clean))
-                start = self.surrogates[number].codec.encode_moments(clean)
+        start = self._start(number, views) if self.method.needs_start else None
         sizes = [view.sizes(height, width) for view in views]
         target = self._target(number, views[0].size)
         return images, _Frame(sizes, keep, start, target)
+
+    def _start(self, number: int, views: list[View]) -> Tensor:
+        """Moments of the clean pictures; kept for the views that all pictures share."""
+        shared = views[0] if all(view == views[0] for view in views) else None
+        if (number, shared) in self._starts:
+            return self._starts[number, shared]
+        with torch.no_grad():
+            clean = _through(views, self.pictures.shown(self.pictures.clean))
+            moments = self.surrogates[number].codec.encode_moments(clean)
+        if shared in self.plan.whole or shared in self.plan.tiling:
+            self._starts[number, shared] = moments
+        return moments
 
     def _target(self, number: int, size: tuple[int, int]) -> Tensor | None:
         if not self.draws.target:

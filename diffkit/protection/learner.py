@@ -126,7 +126,7 @@ def learner(
     Raises:
         UserError: no layer to adapt, or no CLIP text encoder to train.
     """
-    prompt = settings.shown_prompt
+    prompt = settings.prompt_for(model)
     if settings.surrogate == "full":
         network = _float32_copy(surrogate.network)
         groups = [{"params": _own_weights(network.model), "lr": _FULL_RATE}]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffkit.errors import UserError
+from diffkit.models.codec_kinds import PixelCodec
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.budget import as_signed
 from diffkit.protection.contrast import contrast_weight
@@ -48,7 +49,6 @@ class Attack:
     gradient: ImageGradient | None
     state: State | None = None
     done: int = 0
-    first: Tensor | None = None
 
     @classmethod
     def prepare(
@@ -91,6 +91,12 @@ class Attack:
         """The pictures as they are now, (B, C, H, W) float32, unrounded."""
         return self.pgd.origin if self.state is None else self.state.x
 
+    @property
+    def first(self) -> Tensor:
+        """J (B,) at the clean pictures, under the surrogate as it is now."""
+        assert self.gradient is not None
+        return self.gradient.score(self.pgd.origin)
+
     def advance(self, count: int, each: Callable[[int], None] | None = None) -> None:
         """`count` more steps; the first call starts the walk."""
         if self.gradient is None:
@@ -99,7 +105,6 @@ class Attack:
             if self.settings.times == "greedy":
                 choice = greedy_choice(self.gradient, self.pgd)
                 self.gradient.draws = replace(self.gradient.draws, choose=choice)
-            self.first = self.gradient.score(self.pgd.origin)
             self.state = self.pgd.start()
         score = self.gradient.score if self.settings.keep_best else None
         self.pgd.advance(self.state, self.gradient, self.done, count, score, each)
@@ -113,7 +118,7 @@ class Attack:
             return [ProtectionResult(q, _change(q, p)) for q, p in _pairs(noisy, self.pgd.pixels)]
         q = self.pgd.finish(self.state)
         last = self.gradient.score(as_signed(q)).tolist()
-        assert self.first is not None
+        # Both are read now: the surrogate may have been trained meanwhile.
         first, skipped = self.first.tolist(), self.state.skipped.tolist()
         results = []
         for i, (mine, clean) in enumerate(_pairs(q, self.pgd.pixels)):
@@ -191,11 +196,12 @@ def prepared(
         return
     if model is None:
         raise UserError(f"{row.name}: needs a model to compute the protection against.")
+    for one in (model, *ensemble):
+        check_model(one, settings)
     if row.encoder_only:
         surrogates = [Surrogate(m.codec) for m in (model, *ensemble)]
     else:
-        check_model(model, settings)
-        surrogates = [Surrogate.of(model, settings.shown_prompt)]
+        surrogates = [Surrogate.of(model, settings.prompt_for(model))]
     networks = [network for surrogate in surrogates for network in surrogate.networks()]
     denoisers = [s.denoiser.model for s in surrogates if s.denoiser is not None]
     with frozen(networks, denoisers if lean else ()):
@@ -205,6 +211,13 @@ def prepared(
 def check_model(model: LatentDiffusion, settings: Settings) -> None:
     """Raise `UserError` where the model lacks what the method needs."""
     row, channels = settings.row, model.codec.channels
+    if row.encoder_only:
+        if isinstance(model.codec, PixelCodec):
+            raise UserError(
+                f"{row.name}: attacks an autoencoder, and this model works on pixels without one. "
+                "Give a latent diffusion model."
+            )
+        return
     taken = model.denoiser.geometry.channels
     if row.name == "diffusionguard" and taken != 2 * channels + 1:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffkit.errors import UserError
 from diffkit.protection.budget import check_levels
@@ -11,6 +11,9 @@ from diffkit.protection.methods import Method, method_named
 from diffkit.protection.pgd import StepRule
 from diffkit.protection.targets import check_target
 from diffkit.protection.transforms import parse_transforms
+
+if TYPE_CHECKING:
+    from diffkit.models.latent_diffusion import LatentDiffusion
 
 __all__ = ["STRENGTHS", "Settings"]
 
@@ -34,7 +37,8 @@ class Settings:
         levels: the budget k, 0 to 32.
         steps: sign steps (for methods that train a surrogate: over all rounds).
         step_levels: size of a step in levels.
-        prompt: what the denoiser is told; of a model of classes the name or number of one.
+        prompt: what the denoiser is told; of a model of classes the name or number of one, or None
+            for its null class.
         target: "text:WORD", "checker", a picture file, or "zero" for an empty encoding.
         t_range: fractions of the time axis between which times are drawn, 1 being noise.
         times: "uniform" in t_range, or "greedy" by SimAC's choice.
@@ -130,6 +134,12 @@ class Settings:
     def shown_prompt(self) -> str:
         """The prompt that is used; "" where the method reads none."""
         return _or(self.prompt, self.row.prompt) if self.row.denoiser != "none" else ""
+
+    def prompt_for(self, model: LatentDiffusion) -> str:
+        """The prompt that this model is told; "", its null class, of a model of classes."""
+        if self.prompt is None and model.conditioner.classes is not None:
+            return ""
+        return self.shown_prompt
 
     def check(self) -> None:
         """Raise `UserError` for unknown names, impossible values, and options that do nothing."""

@@ -66,7 +66,8 @@ def hole(count: int, height: int, width: int) -> Tensor:
 
 def plan_of(model: LatentDiffusion, height: int, width: int) -> ViewPlan:
     """The whole view alone, at these tests' resolution."""
-    return plan_views(height, width, R, model.working_multiple, views=1)
+    square = model.family.square
+    return plan_views(height, width, R, model.working_multiple, square, views=1)
 
 
 @contextlib.contextmanager
@@ -102,10 +103,11 @@ def gradient(
 def protected(
     model: LatentDiffusion, settings: Settings, pixels: Tensor, **options: Any
 ) -> list[Tensor]:
-    """The results of a whole attack."""
+    """The results of a whole attack, without the scores, which take most of the time here."""
     with attack(model, settings, pixels, **options) as ready:
-        ready.advance(settings.rule().steps)
-        return [result.pixels for result in ready.finish()]
+        assert ready.gradient is not None
+        pgd, steps = ready.pgd, settings.rule().steps
+        return list(pgd.finish(pgd.advance(pgd.start(), ready.gradient, 0, steps)))
 
 
 def slightly_moved(pixels: Tensor, levels: float = 3.0) -> Tensor:
@@ -143,7 +145,7 @@ def linear(denoiser: Denoiser, c: float) -> Linear:
 def scene_of(
     model: LatentDiffusion, u: float | Sequence[float] = 0.4, *, target: bool = False
 ) -> Scene:
-    """A scene of two pictures at the fractions u of the time axis, whose moments want a gradient."""
+    """A scene of two pictures at fractions u of the time axis; its moments want a gradient."""
     surrogate = Surrogate.of(model, model.conditioner.example)
     images = as_signed(random_pixels(2))
     with torch.no_grad():
