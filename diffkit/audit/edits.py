@@ -256,7 +256,8 @@ def gather(rows: Sequence[Mapping[str, Measured]]) -> dict[str, Values]:
         if not all(name in row.scores for row in clean):
             continue
         scores = {v: stacked([row[v].scores[name] for row in rows]) for v in rows[0]}
-        found[name] = Values({v: scores[v] - scores[CLEAN] for v in others}, scores)
+        effect = {v: scores[v] - scores[CLEAN] for v in others}
+        found[name] = Values(effect, scores, score=True)
     return found
 
 

@@ -112,12 +112,14 @@ def ratio(top: Any, bottom: Any, resamples: int = RESAMPLES) -> Interval:
 def is_clear(effect: Any, control: Any, resamples: int = RESAMPLES) -> bool:
     """Whether an effect is clear of that of random noise, both (seeds, pictures).
 
-    The interval of their difference excludes zero, and |mean effect| is at least 1.5 times
-    |mean control|. Effects that are differences of scores have signs, distances have none.
+    The intervals of the effect and of their difference exclude zero, and |mean effect| is at
+    least 1.5 times |mean control|. Effects that are differences of scores have signs, and may be
+    unlike the control's without being unlike nothing; distances are never negative.
     """
     a, b = (float(torch.as_tensor(v, dtype=torch.float64).mean()) for v in (effect, control))
     far = abs(a) > 0 and abs(a) >= CLEAR_RATIO * abs(b)
-    return far and difference(effect, control, resamples).excludes_zero
+    intervals = mean(effect, resamples), difference(effect, control, resamples)
+    return far and all(interval.excludes_zero for interval in intervals)
 
 
 def _shares(count: int, resamples: int, axis: int) -> Tensor:

@@ -33,11 +33,13 @@ class Values:
         effect: of every version but the clean one.
         vs_original: d(E(y), x) of a distance, S(E(y)) of a score, of every version.
         information: shown, but no effect in the sense of ratios (PSNR).
+        score: effects are differences of scores, which have signs.
     """
 
     effect: Mapping[str, Tensor]
     vs_original: Mapping[str, Tensor]
     information: bool = False
+    score: bool = False
 
     @property
     def clear(self) -> bool:
@@ -50,8 +52,9 @@ class Values:
 def effect_summary(values: Values, resamples: int = RESAMPLES) -> dict[str, Any]:
     """Every version's effect and vs_original with intervals, and the protection's beside random's.
 
-    "over_random" is the ratio of means, "minus_random" the difference, "clear" whether the effect
-    is clear of the control (see `intervals.is_clear`); absent for numbers of information.
+    "over_random" is the ratio of means (distances only: a score's control lies around zero),
+    "minus_random" the difference, "clear" whether the effect is clear of the control (see
+    `intervals.is_clear`); absent for numbers of information.
     """
     found: dict[str, Any] = {
         "effect": {
@@ -63,7 +66,8 @@ def effect_summary(values: Values, resamples: int = RESAMPLES) -> dict[str, Any]
     }
     if not values.information and CONTROL in values.effect:
         mine, control = values.effect[PROTECTED], values.effect[CONTROL]
-        found["over_random"] = intervals.ratio(mine, control, resamples).to_json()
+        if not values.score:
+            found["over_random"] = intervals.ratio(mine, control, resamples).to_json()
         found["minus_random"] = intervals.difference(mine, control, resamples).to_json()
         found["clear"] = intervals.is_clear(mine, control, resamples)
     return found

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from diffkit.errors import UserError
 from diffkit.files import sha256
+from diffkit.protection.image_file import FORMATS
 from diffkit.protection.inputs import Input, Skipped, find_pictures, output_names
 from diffkit.protection.sidecar import Sidecar, read_sidecar, sidecar_path
 
@@ -75,6 +76,7 @@ def pair_up(clean: Path, protected: Path, output: Path) -> Pairing:
         raise UserError(f"{clean} and {protected}: give two pictures or two folders.")
     originals, bad = find_pictures([clean], output)
     results, worse = find_pictures([protected], output)
+    bad, worse = _pictures(bad), _pictures(worse)
     if not clean.is_dir():
         if not (originals and results):
             reasons = "; ".join(f"{item.path}: {item.reason}" for item in (*bad, *worse))
@@ -98,6 +100,12 @@ def pair_up(clean: Path, protected: Path, output: Path) -> Pairing:
             f"record or by path ({len(originals)} and {len(results)} pictures)."
         )
     return Pairing(tuple(pairs), missing, tuple(left), (*bad, *worse))
+
+
+def _pictures(skipped: Sequence[Skipped]) -> list[Skipped]:
+    """Those that are pictures by their names; records and other files are none of our business."""
+    endings = {ending for known in FORMATS.values() for ending in known}
+    return [item for item in skipped if item.path.suffix.lower() in endings]
 
 
 def _matched(

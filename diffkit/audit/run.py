@@ -22,7 +22,7 @@ from diffkit.audit.edits import (
 )
 from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
 from diffkit.audit.pairs import Pairing, pair_up
-from diffkit.audit.pictures import AuditPicture, inspect, mask_file, open_versions
+from diffkit.audit.pictures import AGAIN, AuditPicture, inspect, mask_file, open_versions
 from diffkit.audit.purifiers.base import Models, Purifier
 from diffkit.audit.purifiers.registry import parse_purifiers
 from diffkit.audit.request import AuditRequest
@@ -220,7 +220,9 @@ class _Work:
         subject = Subject(versions[CLEAN], self.model)
         seeds, measure = self.audit.seeds, self.measure
         cost: dict[str, torch.Tensor] = {}
-        edited: Any = versions
+        # the clean picture against itself tests the machinery; once a threat is enough
+        main = self.request.threats.main[threat.name] == threat
+        edited: Any = {name: v for name, v in versions.items() if main or name != AGAIN}
         if purifier is not None:
             kept = {name: versions[name] for name in (CLEAN, PROTECTED, CONTROL)}
             edited = purified_versions(purifier, kept, seeds)
@@ -260,6 +262,7 @@ class _Work:
             "clean": picture.pair.clean_sha256,
             "protected": picture.pair.protected_sha256,
             "control": [picture.levels, self.request.seed],
+            "main": self.request.threats.main[threat.name] == threat,
             "mask": sha256(picture.mask) if picture.mask is not None and inpaints else None,
             "purifier": None if purifier is None else _identity(purifier),
             "measured with": self.measure.ruler.key,

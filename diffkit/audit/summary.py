@@ -112,9 +112,9 @@ def _estimate(value: Mapping[str, Any] | None, signed: bool = False) -> str:
 
 
 def estimate(value: Mapping[str, Any] | None, signed: bool = False) -> tuple[str, str]:
-    """A number and its interval as text; "n/a" for what is undefined."""
+    """A number and its interval as text; "–" for what was not measured or is undefined."""
     if value is None or value["value"] is None:
-        return "n/a", ""
+        return "–", ""
     if value["low"] is None or value["high"] is None:
         return number(value["value"], signed=signed), ""
     text, interval = estimate_text(value, signed)
@@ -122,9 +122,9 @@ def estimate(value: Mapping[str, Any] | None, signed: bool = False) -> tuple[str
 
 
 def number_of(value: Mapping[str, Any] | None) -> str:
-    """A ratio with its interval: "2.3× [2.1 to 2.6]"."""
+    """A ratio with its interval: "2.3× [2.1 to 2.6]"; "–" where there is none."""
     if value is None or value["value"] is None:
-        return "n/a"
+        return "–"
     text, interval = estimate(value)
     return f"{text}× {interval}"
 
