@@ -299,8 +299,6 @@ class _Set:
         results: dict[int, ProtectionResult] = {}
         for attack, batch in self.attacks:
             self._refresh(attack)
-            assert attack.gradient is not None
-            attack.first = attack.gradient.score(attack.pgd.origin)
             for row, result in zip(batch, attack.finish(), strict=True):
                 stats = {**result.stats, "surrogate_change": list(self.change)}
                 results[row.place] = ProtectionResult(result.pixels, stats)
