@@ -160,3 +160,58 @@ def test_wrong_requests_are_refused_by_name(tiny_sd: Path) -> None:
         lora.add_lora(model, rank=2)
     with pytest.raises(UserError, match=r"no adapter 'other'; this model has \['default'\]"):
         lora.save_lora(model, "nowhere", "other")
+
+
+def test_one_adapter_of_several_comes_off(tiny_sd: Path) -> None:
+    """The others stay as they were; layers that only it had are plain again."""
+    model = load(tiny_sd)
+    lora.add_lora(model, rank=2, name="one", targets=["to_q"])
+    randomise(model, "one")
+    lora.set_adapters(model, {"one": 0.5})
+    before, classes = predict(model), [type(m) for m in model.denoiser.model.modules()]
+    lora.add_lora(model, rank=2, name="two", targets=["to_q", "ff.net.2"])
+    randomise(model, "two")
+    assert difference(predict(model), before) > 1e-3
+    with pytest.raises(UserError, match=r"no adapter 'three'; this model has \['one', 'two'\]"):
+        lora.remove_lora(model, "three")
+    lora.remove_lora(model, "two")
+    assert torch.equal(predict(model), before)
+    assert lora.active_adapters(model) == {"one": 0.5}
+    assert [type(m) for m in model.denoiser.model.modules()] == classes
+    assert not any(p.requires_grad for p in model.denoiser.parameters())
+    lora.remove_lora(model, "one")
+    assert not hasattr(model.denoiser.model, "peft_config")
+    assert torch.equal(predict(model), predict(load(tiny_sd)))
+
+
+def test_text_encoders_are_adapted_on_request(tiny_sdxl: Path) -> None:
+    """Both encoders; an untrained adapter changes no prompt, a trained one does."""
+    model = load(tiny_sdxl)
+    before = predict(model)
+    found = lora.add_lora(model, rank=2, text_targets=["q_proj", "out_proj"])
+    components = {key.split(".")[0] for key in found}
+    assert components == {"unet", "text_encoder", "text_encoder_2"}
+    ends = {key.removesuffix(".lora_A").rsplit(".", 1)[1] for key in found if key.endswith("_A")}
+    assert {"q_proj", "out_proj"} <= ends and not {"k_proj", "v_proj"} & ends
+    assert torch.equal(predict(model), before)
+    randomise(model)
+    cond = model.conditioner.encode(["a red apple"], (32, 32))
+    with lora.disable_lora(model):
+        plain = model.conditioner.encode(["a red apple"], (32, 32))
+    assert cond.tokens is not None and plain.tokens is not None
+    assert difference(cond.tokens, plain.tokens) > 1e-3
+    lora.remove_lora(model)
+    assert torch.equal(predict(model), before)
+
+
+def test_a_passing_adapter_needs_no_loader(tiny_folder: Callable[[str], Path]) -> None:
+    """diffusers loads no LoRA into PixArt, so none is to be saved; one that comes off again may."""
+    model = load(tiny_folder("pixart-sigma"))
+    with pytest.raises(UserError, match="lora"):
+        lora.add_lora(model, rank=2, targets=["to_q"])
+    before = predict(model)
+    assert lora.add_lora(model, rank=2, targets=["to_q"], lasting=False)
+    randomise(model)
+    assert difference(predict(model), before) > 1e-4
+    lora.remove_lora(model, "default")
+    assert torch.equal(predict(model), before)
