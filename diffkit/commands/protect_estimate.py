@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 
-from diffkit.models.cost import measure_rates
+from diffkit.models.cost import measure_rates, parameter_count
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.skeleton import skeleton, skeleton_of
 from diffkit.protection.estimate import StepCost, StepShape, estimate_step, in_bytes, in_time
 from diffkit.protection.job import Job, Request
+from diffkit.protection.joint import work_of
 from diffkit.protection.memory import Effort, free_memory
 from diffkit.protection.pgd import Pgd, StepRule
 from diffkit.protection.protect import check_model, plan_for
 from diffkit.protection.settings import Settings
+from diffkit.protection.timesteps import SEARCH
 
 __all__ = ["JobEstimate", "Models", "estimate_job"]
 
@@ -122,8 +124,8 @@ class JobEstimate:
             f"estimate: {in_time(self.seconds)}, {in_bytes(self.memory_bytes)} of memory{free}, "
             f"{_si(self.flops)}FLOP."
         )
-        if self.settings.row.joint is not None:
-            lines.append("The training of the surrogate and its class pictures come on top.")
+        if self.settings.class_prompt is not None:
+            lines.append("Making class pictures comes on top, where they are not there yet.")
         if self.lowered:
             how = f", {self.batch_size} at once" if self.batch_size > 1 else ", one at a time"
             lines.append(f"To fit the memory: two passes a step{how}.")
@@ -190,7 +192,8 @@ def estimate_job(
     rates = measure_rates(device, dtype)
     step = count.step(effort.lean)
     scores = 2 + (settings.rule().steps // 10 if settings.keep_best else 0)
-    network = settings.rule().steps * step.seconds(rates) + scores * step.score_seconds(rates)
+    gradients = _gradients(job, settings)
+    network = gradients * step.seconds(rates) + scores * step.score_seconds(rates)
     own = (settings.rule().steps + _AROUND) * pixels * _pixel_seconds(device)
     tries = 1 if request.max_lpips is None else 1 + math.ceil(math.log2(settings.rule().levels))
     return JobEstimate(
@@ -199,7 +202,7 @@ def estimate_job(
         present=present,
         views=(min(map(len, plans.values())), max(map(len, plans.values()))),
         largest=largest,
-        flops=int(areas * settings.rule().steps * step.flops),
+        flops=int(areas * gradients * step.flops),
         seconds=tries * (areas * network + own),
         memory_bytes=count.memory(effort),
         free_bytes=None if free is None else free + held,
@@ -207,6 +210,17 @@ def estimate_job(
         batch_size=effort.batch_size,
         lowered=(effort.lean, effort.batch_size) != (request.lean, batch),
     )
+
+
+def _gradients(job: Job, settings: Settings) -> float:
+    """Gradients for each picture: those of its steps, of the search for times at its longest, and
+    of a surrogate's training, a step of which is taken for one."""
+    own = settings.rule().steps + (SEARCH if settings.times == "greedy" else 0)
+    if settings.row.joint is None:
+        return own
+    sizes = [len(unit.items) for unit in job.pending]
+    steps = sum(work_of(settings, size) for size in sizes) / sum(sizes)
+    return own + steps - settings.rule().steps
 
 
 class _Count:
@@ -241,7 +255,15 @@ class _Count:
         """Estimated peak in bytes."""
         step = self.step(effort.lean)
         each = step.memory_bytes - step.weight_bytes + 4 * _BUFFERS * self.pixels
-        return step.weight_bytes + effort.batch_size * each
+        return step.weight_bytes + self._trained + effort.batch_size * each
+
+    @property
+    def _trained(self) -> int:
+        """Bytes of a surrogate whose weights all train: float32 weights, gradients and both moments
+        of Adam. Those of a LoRA are nothing beside the rest."""
+        if self.settings.surrogate != "full":
+            return 0
+        return 16 * parameter_count(self.nets[0].denoiser)
 
 
 def _added(costs: Sequence[StepCost]) -> StepCost:

@@ -24,7 +24,7 @@ from diffkit.protection.gradients import ImageGradient
 from diffkit.protection.pgd import Pgd
 from diffkit.randomness import uniform
 
-__all__ = ["CELLS", "Choice", "greedy_choice", "useful_times"]
+__all__ = ["CELLS", "SEARCH", "Choice", "greedy_choice", "useful_times"]
 
 Choice = Callable[[int, float], float]
 """(row of the picture, u in [0, 1)) -> fraction in [0, 1) of the time axis."""
@@ -34,6 +34,9 @@ _KEPT = 100
 _TRIED = 5
 _HALF = 20
 _ROUNDS = 50
+
+SEARCH = _ROUNDS * (_TRIED + 1)
+"""Gradients that the search for one picture takes at most."""
 
 
 def greedy_choice(gradient: ImageGradient, pgd: Pgd) -> Choice:
