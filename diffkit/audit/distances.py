@@ -220,10 +220,9 @@ class Ruler:
         return f"{base} ({known[name]()})" if name in known else base
 
     def names(self, height: int, width: int) -> list[str]:
-        """The distances that pictures of this size have; `skipped` says why one is missing."""
-        gone = set(self.skipped) - ({"ms_ssim"} if "ssim" not in self.skipped else set())
-        if small := why_no_ms_ssim(height, width):
-            self.skipped.setdefault("ms_ssim", small)
+        """The distances that pictures of this size have; small ones have no MS-SSIM."""
+        gone = set(self.skipped)
+        if why_no_ms_ssim(height, width):
             gone.add("ms_ssim")
         return [name for name in DISTANCES if name not in gone]
 

@@ -33,6 +33,7 @@ from diffkit.files import check_writable, sha256
 from diffkit.generation.engine import DTYPES, weights_digest
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.model_card import public_name
+from diffkit.perceptual.pixels import MS_SSIM_SIDE
 from diffkit.protection.image_file import Unreadable
 from diffkit.protection.inputs import Skipped
 from diffkit.protection.sidecar import parameter_digest
@@ -176,10 +177,17 @@ class _Work:
         for number, (threat, purifier) in enumerate(jobs):
             found.rows.append(ThreatRow(threat, tuple(cells[number]), purifier))
         ruler = self.measure.ruler
-        measured = {key for row in found.rows for key in row.cells[0].measured[CLEAN].vs_original}
+        measured = {
+            key
+            for row in found.rows
+            for cell in row.cells
+            for key in cell.measured[CLEAN].vs_original
+        }
         found.labels = {key: ruler.label(key) for key in measured}
         found.labels["alignment"] = f"text alignment ({ruler.tools.scorer.label})"
-        found.skipped |= ruler.skipped
+        found.skipped |= {key: why for key, why in ruler.skipped.items() if key not in measured}
+        if "ms_ssim" not in measured | ruler.skipped.keys():
+            found.skipped["ms_ssim"] = f"needs sides of at least {MS_SSIM_SIDE} pixels"
         return found
 
     def _purifiers(self) -> list[Purifier]:

@@ -1,0 +1,222 @@
+"""Whole audits on a tiny model: controls, purifiers, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffkit.audit.cells import CELLS
+from diffkit.audit.edits import Measurer, purified_versions
+from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
+from diffkit.audit.page import write_page
+from diffkit.audit.pairs import pair_up
+from diffkit.audit.pictures import AGAIN, JPEG, inspect, open_versions
+from diffkit.audit.purifiers.registry import parse_purifiers
+from diffkit.audit.report import build_report
+from diffkit.audit.request import AuditRequest
+from diffkit.audit.run import run_audit
+from diffkit.audit.sdedit import Edit
+from diffkit.audit.threats import parse_threats
+from diffkit.errors import UserError
+from diffkit.evaluation.metrics.tools import Toolbox
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.protection.image_file import Unreadable
+from tests.audit.pictures import pixels, protected, record, save, two_folders
+
+Audited = Callable[..., dict[str, Any]]
+
+
+def request(model: Path, **values: Any) -> AuditRequest:
+    usual: dict[str, Any] = {
+        "models": (str(model),),
+        "threats": parse_threats("sdedit", (0.03,)),
+        "seeds": 2,
+        "resamples": 200,
+        "prompt": "a",
+    }
+    return AuditRequest(**(usual | values))
+
+
+def audit(root: Path, model: Path, **values: Any) -> dict[str, Any]:
+    asked = request(model, **values)
+    found = run_audit(asked, root / "clean", root / "protected", root / "out")
+    return build_report(found, asked)
+
+
+def test_a_picture_against_itself_has_exactly_no_effect(tmp_path: Path, tiny_sd: Path) -> None:
+    two_folders(tmp_path, same=True)
+    numbers = audit(tmp_path, tiny_sd)["models"][0]["threats"][0]["numbers"]
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0}
+    for name in ("latent_l2", "alignment"):
+        assert numbers[name]["effect"][PROTECTED] == nothing
+        assert numbers[name]["effect"][AGAIN] == nothing
+        assert numbers[name]["clear"] is False
+    assert numbers["latent_l2"]["effect"][CONTROL]["value"] > 0
+
+
+def test_identity_leaves_exactly_all_of_it(tmp_path: Path, tiny_sd: Path) -> None:
+    two_folders(tmp_path)
+    report = audit(tmp_path, tiny_sd, purify="identity,jpeg75")
+    numbers = report["models"][0]["threats"][0]["numbers"]
+    same, jpeg = report["models"][0]["purifiers"]
+    assert same["purifier"] == "identity" and jpeg["purifier"] == "jpeg75"
+    for name, found in same["retention"].items():
+        if not numbers[name].get("over_random"):
+            continue
+        assert found["random"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+        assert found["effect"] == {
+            version: numbers[name]["effect"][version] for version in (PROTECTED, CONTROL)
+        }
+    assert same["cost"]["latent_l2"]["value"] == 0 < jpeg["cost"]["latent_l2"]["value"]
+
+
+def test_the_controls_are_noise_of_equal_size_and_compression(tmp_path: Path) -> None:
+    clean, result = two_folders(tmp_path, 1)
+    pair = pair_up(clean, result, tmp_path / "out").pairs[0]
+    picture = inspect(pair, 3, Toolbox(), False, None)
+    versions, mask = open_versions(picture, 3)
+    assert mask is None and picture.levels == 8
+    assert torch.equal(versions[CLEAN], versions[AGAIN])
+    assert picture.change[CONTROL]["largest"] == 8
+    assert not torch.equal(versions[CONTROL], versions[PROTECTED])
+    assert torch.equal(versions[JPEG], parse_purifiers("jpeg95")[0](versions[CLEAN], 0))
+    other, _ = open_versions(inspect(pair, 4, Toolbox(), False, None), 4)
+    assert not torch.equal(other[CONTROL], versions[CONTROL])
+
+
+def test_without_a_record_the_control_has_the_largest_change(tmp_path: Path) -> None:
+    clean = save(tmp_path / "c.png", pixels())
+    save(tmp_path / "p.png", protected(pixels(), 5))
+    picture = inspect(
+        pair_up(clean, tmp_path / "p.png", tmp_path / "out").pairs[0], 0, Toolbox(), False, None
+    )
+    assert picture.levels == 5 and picture.facts()["method"] is None
+
+
+def test_sizes_that_differ_are_refused_by_name_and_the_rest_is_measured(
+    tmp_path: Path, tiny_sd: Path
+) -> None:
+    clean, result = two_folders(tmp_path)
+    record(save(result / "1.png", pixels(1, 40, 32)), clean / "1.png")
+    report = audit(tmp_path, tiny_sd, seeds=8)
+    assert report["models"][0]["skipped"]["ms_ssim"] == "needs sides of at least 176 pixels"
+    assert report["refused"] == {"1.png": "has 32x40 pixels and its clean picture 32x32"}
+    assert report["n"] == 1
+    with pytest.raises(Unreadable, match="32x40"):
+        inspect(pair_up(clean, result, tmp_path / "o").pairs[1], 0, Toolbox(), False, None)
+
+
+def test_one_noise_for_clean_and_protected(tmp_path: Path, tiny_sd: Path) -> None:
+    """A random purifier draws alike for all versions, anew for each seed."""
+    noise = parse_purifiers("noise0.1")[0]
+    grey = torch.full((3, 32, 32), 128, dtype=torch.uint8)
+    found = purified_versions(noise, {CLEAN: grey, PROTECTED: grey + 8}, (0, 1))
+    assert not torch.equal(found[CLEAN][0], found[CLEAN][1])
+    for seed in (0, 1):
+        moved = found[PROTECTED][seed].int() - found[CLEAN][seed].int()
+        assert int(moved.min()) == int(moved.max()) == 8
+
+
+def test_a_killed_audit_goes_on(
+    tmp_path: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_folders(tmp_path)
+    original, calls = Measurer.__call__, []
+
+    def counted(self: Measurer, *args: Any, **kwargs: Any) -> Any:
+        if len(calls) == killed_after:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Measurer, "__call__", counted)
+    killed_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        audit(tmp_path, tiny_sd, purify="jpeg75")
+    assert len(list((tmp_path / "out" / CELLS).iterdir())) == 3
+    killed_after = -1
+    calls.clear()
+    resumed = audit(tmp_path, tiny_sd, purify="jpeg75")
+    assert len(calls) == 1  # two pictures, plain and purified: four in all
+    calls.clear()
+    again = audit(tmp_path, tiny_sd, purify="jpeg75")
+    assert not calls
+    del resumed["created"], again["created"]
+    assert resumed == again
+    audit(tmp_path, tiny_sd, purify="jpeg50")
+    assert len(calls) == 2  # the plain edits are there
+    save(tmp_path / "protected" / "0.png", protected(pixels(0), 4))
+    calls.clear()
+    audit(tmp_path, tiny_sd)
+    assert len(calls) == 1  # the picture that changed
+
+
+def test_other_folders_are_not_written_into(tmp_path: Path, tiny_sd: Path) -> None:
+    two_folders(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "holiday.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match="holds holiday.png"):
+        audit(tmp_path, tiny_sd)
+
+
+def test_a_prompt_of_its_own_comes_from_the_record(tmp_path: Path, tiny_sd: Path) -> None:
+    clean, result = two_folders(tmp_path, 2)
+    record(result / "0.png", clean / "0.png", prompt="b c")
+    report = audit(tmp_path, tiny_sd, prompt=None)
+    assert report["prompts"] == ["b c", "a picture"]
+    model = report["models"][0]
+    assert model["attacked"] is False  # the records name another one
+    assert model["labels"]["alignment"] == "text alignment (diffkit text-image scorer)"
+
+
+def test_a_model_without_guidance_leaves_the_guided_row_out_by_name(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    guided, plain = parse_threats("sdedit:guided,sdedit", (0.03,)).edits
+    model = LatentDiffusion.load(tiny_folder("latent"))
+    assert "no classifier-free guidance" in (guided.refusal(model) or "")
+    assert plain.refusal(model) is None
+
+
+def test_numbers_are_those_of_the_library(tmp_path: Path, tiny_sd: Path) -> None:
+    """audit.json and `sdedit_effects` measure the same edits."""
+    from diffkit.audit.effects import sdedit_effects
+
+    clean, result = two_folders(tmp_path)
+    report = audit(tmp_path, tiny_sd)
+    x = [pixels(i) for i in range(2)]
+    y = [protected(p) for p in x]
+    model = LatentDiffusion.load(tiny_sd)
+    found = sdedit_effects(model, x, {"y": y}, (0.03,), (0, 1), "a")["y"]
+    shown = report["models"][0]["threats"][0]["numbers"]["latent_l2"]
+    assert shown["effect"][PROTECTED]["value"] == pytest.approx(
+        float(found.effect["latent_l2"].mean()), rel=1e-6
+    )
+    assert shown["vs_original"][CLEAN]["value"] == pytest.approx(
+        float(found.clean_vs_original["latent_l2"].mean()), rel=1e-6
+    )
+    assert Edit(0.03).run == 3
+
+
+def test_the_page_is_whole_and_tells_what_must_be_told(tmp_path: Path, tiny_sd: Path) -> None:
+    from tests.evaluation.test_page import Page, check_whole
+
+    two_folders(tmp_path)
+    asked = request(tiny_sd, purify="jpeg75", command={"clean": "a b", "protected": "c"})
+    found = run_audit(asked, tmp_path / "clean", tmp_path / "protected", tmp_path / "out")
+    report = json.loads(json.dumps(build_report(found, asked)))
+    path = write_page(report, found, tmp_path / "out")
+    page = Page(path.read_text(encoding="utf-8"))
+    check_whole(page)
+    text = " ".join(page.text.split())
+    assert text.index("Read this first") < text.index("There is no verdict here")
+    assert "the attacked model" in text and "Not attacked" in text
+    assert "diffkit audit 'a b' c" in text
+    # 4 versions, 3 edits and 3 purified edits of both pictures
+    assert len(page.all("img", "src")) == 2 * (4 + 3 + 3)
+    assert str(tmp_path) not in page.text.replace(path.as_uri(), "")
