@@ -49,3 +49,18 @@ def test_the_make_targets_exist() -> None:
     assert {"demo", "test", "lint"} <= set(targets)
     for target in targets:
         assert f"\n{target}:" in makefile, target
+
+
+def test_what_a_protection_is_not_stands_in_full() -> None:
+    from diffkit.protection.notice import notice
+
+    words = " ".join(README.replace("\n* ", "\n").split())
+    assert " ".join(notice("the model that you name")) in words
+
+
+def test_every_protection_method_is_in_the_table() -> None:
+    from diffkit.protection.methods import METHODS
+
+    section = README.split("## Protecting pictures")[1].split("\n## ")[0]
+    shown = re.findall(r"^\| (\S+) \| (.+?) \| .+ \|$", section, re.MULTILINE)
+    assert [(m.name, m.words) for m in METHODS.values()] == [x for x in shown if x[0] in METHODS]
