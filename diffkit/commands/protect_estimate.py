@@ -22,10 +22,10 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.skeleton import skeleton, skeleton_of
 from diffkit.protection.estimate import StepCost, StepShape, estimate_step, in_bytes, in_time
 from diffkit.protection.job import Job, Request
-from diffkit.protection.joint import work_of
 from diffkit.protection.memory import Effort, free_memory
 from diffkit.protection.pgd import Pgd, StepRule
 from diffkit.protection.protect import check_model, plan_for
+from diffkit.protection.rounds import work_of
 from diffkit.protection.settings import Settings
 from diffkit.protection.timesteps import SEARCH
 

@@ -25,7 +25,7 @@ from diffkit.generation.run import Processes, run
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.image_file import Unreadable, open_picture
 from diffkit.protection.inputs import find_pictures
-from diffkit.protection.joint import prior_weight
+from diffkit.protection.rounds import prior_weight
 from diffkit.protection.settings import Settings
 from diffkit.protection.sidecar import parameter_digest
 

@@ -8,7 +8,7 @@ on the pixels through the encoder's moments alone, so K draws of noise and time 
 denoiser and one of the encoder. With input transforms each draw sees another picture and needs an
 encoder pass of its own.
 
-Plain: the encoder's graph is kept while c is computed. Lean: the encoder runs without a graph, c is
+Plain: the encoder's graph is kept while c is computed, without what frozen layers can do without. Lean: the encoder runs without a graph, c is
 computed, and the encoder's pieces are run again one at a time (`Codec.encode_moments_vjp`); the
 denoiser recomputes its activations too. Both are the same gradient.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from diffkit.models.conditioner import Sizes
+from diffkit.models.sparing import SparingActivations
 from diffkit.protection.methods import Method
 from diffkit.protection.outline import shrink_outline
 from diffkit.protection.scene import Scene
@@ -59,6 +60,15 @@ class Pictures:
         if x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
         return x if self.alpha is None else self.alpha * x + (1 - self.alpha)
+
+    def to(self, device: torch.device | str) -> Pictures:
+        """The same on a device."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        alpha, keep = moved(self.alpha), moved(self.keep)
+        return replace(self, clean=self.clean.to(device), alpha=alpha, keep=keep)
 
     def select(self, rows: slice) -> Pictures:
         """Some of the pictures."""
@@ -231,7 +241,7 @@ class ImageGradient:
             pulled = surrogate.codec.encode_moments_vjp(images, bounded)
         else:
             leaf = images.requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), SparingActivations():
                 moments = surrogate.codec.encode_moments(leaf)
             (pulled,) = torch.autograd.grad(moments, leaf, bounded(moments.detach()))
         return pulled * sizes[0]

@@ -24,7 +24,7 @@ from diffkit.protection.inputs import (
     find_pictures,
     output_names,
 )
-from diffkit.protection.joint import attack_rounds, training_steps
+from diffkit.protection.rounds import attack_rounds, training_steps
 from diffkit.protection.settings import Settings
 from diffkit.protection.sidecar import parameter_digest, remove_leftovers, state
 from diffkit.protection.targets import target_digest

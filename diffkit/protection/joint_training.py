@@ -19,6 +19,7 @@ from torch import Tensor
 from diffkit.errors import RunFailed
 from diffkit.models.codec import Codec
 from diffkit.models.conditioner import Sizes
+from diffkit.protection.budget import as_signed
 from diffkit.protection.learner import Learner
 from diffkit.protection.losses import prior_preservation
 from diffkit.protection.scene import Scene
@@ -37,7 +38,7 @@ class Examples:
 
     Arguments:
         codec: of the attacked model.
-        shown: what the model sees of each picture, float32 (1, 3, H, W) in [-1, 1].
+        shown: what the model sees of each picture, (1, 3, H, W), float32 in [-1, 1] or uint8.
         plans: the views of each; of several windows one is taken at random.
     """
 
@@ -52,13 +53,16 @@ class Examples:
 
     def at(self, index: int, *address: int | str) -> tuple[Tensor, Sizes]:
         """Moments (1, 2C, h, w) of picture `index` in its whole view, and the view's sizes."""
-        plan, x = self._plans[index], self._shown[index]
+        plan = self._plans[index]
         windows = len(plan.whole)
         number = int(integers(0, windows, (), *address, "window")) if windows > 1 else 0
         view = plan.whole[number]
         if (index, number) not in self._encoded:
             with torch.no_grad():
-                self._encoded[index, number] = self._codec.encode_moments(view.apply(x))
+                x = self._shown[index]
+                x = as_signed(x) if x.dtype == torch.uint8 else x
+                seen = view.apply(x).to(self._codec.device)
+                self._encoded[index, number] = self._codec.encode_moments(seen)
         return self._encoded[index, number], view.sizes(plan.height, plan.width)
 
 
@@ -130,7 +134,12 @@ class Training:
             told = self.learner.told(prior.prompt)
             of_class = picture_loss(told, moments, sizes, (*here, "class"))
             loss = prior_preservation(loss, of_class, prior.weight)
-        loss.sum().backward()
+        # Gradients of a mean over many elements fall below what float16 can hold.
+        scale = float(moments.numel()) if self.learner.compute == torch.float16 else 1.0
+        (scale * loss).sum().backward()
+        for parameter in self.learner.parameters:
+            if parameter.grad is not None and scale != 1:
+                parameter.grad /= scale
         torch.nn.utils.clip_grad_norm_(self.learner.parameters, _LONGEST)
         optimizer.step()
         optimizer.zero_grad()

@@ -48,12 +48,14 @@ class Learner:
         prompt: that prompt.
         groups: parameters with their learning rates, as AdamW takes them.
         encodes: the text encoders train too.
+        compute: dtype of the activations.
     """
 
     surrogate: Surrogate
     prompt: str
     groups: list[dict[str, Any]]
     encodes: bool = False
+    compute: torch.dtype = torch.float32
     _known: dict[str, Conditioning] = field(default_factory=dict)
 
     @property
@@ -133,7 +135,8 @@ def learner(
         with frozen([network.model]):
             if surrogate.network.model.is_gradient_checkpointing:
                 network.model.enable_gradient_checkpointing()  # type: ignore[operator]
-            yield Learner(replace(surrogate, denoiser=network), prompt, groups)
+            told = replace(surrogate, denoiser=network)
+            yield Learner(told, prompt, groups, compute=model.dtype)
         return
     encodes = settings.train_text_encoder
     if encodes and not clip_encoders(model.conditioner):
@@ -143,7 +146,7 @@ def learner(
         )
     encoders = list(model.conditioner.encoders.values()) if encodes else []
     with frozen(encoders), _adapted(model, seed, encodes) as groups:
-        yield Learner(surrogate, prompt, groups, encodes)
+        yield Learner(surrogate, prompt, groups, encodes, model.dtype)
 
 
 @contextlib.contextmanager

@@ -91,6 +91,15 @@ class Attack:
         """The pictures as they are now, (B, C, H, W) float32, unrounded."""
         return self.pgd.origin if self.state is None else self.state.x
 
+    def to(self, device: torch.device | str) -> None:
+        """Move all pictures of the walk; the models stay where they are."""
+        _move(self.pgd, device)
+        if self.state is not None:
+            _move(self.state, device)
+        self.pictures = self.pictures.to(device)
+        if self.gradient is not None:
+            self.gradient.pictures = self.pictures
+
     @property
     def first(self) -> Tensor:
         """J (B,) at the clean pictures, under the surrogate as it is now."""
@@ -274,6 +283,12 @@ def _weight(
     for part in parts[1:]:
         weight = weight * part
     return weight
+
+
+def _move(holder: Pgd | State, device: torch.device | str) -> None:
+    for name, value in list(vars(holder).items()):
+        if isinstance(value, Tensor):
+            setattr(holder, name, value.to(device))
 
 
 def _pairs(q: Tensor, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:

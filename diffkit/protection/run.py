@@ -12,10 +12,10 @@ import torch
 from diffkit.console import progress
 from diffkit.generation.run import Processes
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.protection.companions import class_pictures
+from diffkit.protection.companions import class_pictures, read_folder
 from diffkit.protection.inputs import Skipped
 from diffkit.protection.job import Job, Request, Unit
-from diffkit.protection.joint import work_of
+from diffkit.protection.rounds import work_of
 from diffkit.protection.settings import Settings
 from diffkit.protection.worker import Extra, Worker
 
@@ -63,10 +63,13 @@ def run_job(
     # All must have looked at the folder before one of them changes it, or their shares overlap.
     processes.wait()
     mine = job.pending[processes.rank :: processes.count]
-    given = None
+    clean = of_class = None
     if model is not None and job.pending:
-        args = (request.settings, model, request.class_images, request.output, processes)
-        given = class_pictures(*args)
+        output = request.output
+        if request.clean is not None:
+            clean = read_folder(request.clean, output, "--clean")
+        given = request.class_images
+        of_class = class_pictures(request.settings, model, given, output, processes)
     with_bar = _Ticks(sum(_work(unit, request.settings) for unit in mine))
     worker = Worker(
         request,
@@ -75,7 +78,8 @@ def run_job(
         extras,
         with_bar.tick,
         perceptual=perceptual,
-        class_images=given,
+        clean=clean,
+        class_images=of_class,
     )
     worker.run(mine)
     with_bar.close()

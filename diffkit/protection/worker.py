@@ -18,7 +18,6 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.model_card import public_name
 from diffkit.perceptual.pixels import psnr, ssim
 from diffkit.protection.amplification import amplification_ratio
-from diffkit.protection.companions import read_folder
 from diffkit.protection.image_file import Encoded, Picture, Unreadable, encode_picture, read_picture
 from diffkit.protection.image_pixels import refusals
 from diffkit.protection.inputs import image_seed
@@ -80,7 +79,7 @@ class Worker:
         failed: source -> reason, filled while it runs.
         made: results written by this worker.
         perceptual: an LPIPS network, or None.
-        class_images: of a method that trains a surrogate, see `protect_set`.
+        clean, class_images: of a method that trains a surrogate, see `protect_set`.
     """
 
     request: Request
@@ -91,6 +90,7 @@ class Worker:
     failed: dict[str, str] = field(default_factory=dict)
     made: list[Path] = field(default_factory=list)
     perceptual: Any = None
+    clean: Sequence[Tensor] | None = None
     class_images: Sequence[Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -135,18 +135,14 @@ class Worker:
 
     def _attack_set(self, rows: Sequence[_Opened]) -> list[ProtectionResult]:
         assert self.model is not None
-        request = self.request
-        clean = None
-        if request.clean is not None:
-            clean = read_folder(request.clean, request.output, "--clean")
         return protect_set(
             [row.picture.pixels for row in rows],
             self.model,
-            request.settings,
+            self.request.settings,
             seeds=[row.seed for row in rows],
             alphas=[row.picture.alpha for row in rows],
             masks=[row.mask for row in rows],
-            clean=clean,
+            clean=self.clean,
             class_images=self.class_images,
             lean=self.effort.lean,
             batch_size=self.effort.batch_size,

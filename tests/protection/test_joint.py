@@ -15,13 +15,8 @@ from diffkit.errors import UserError
 from diffkit.models import lora
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.lora_layers import lora_layers
-from diffkit.protection.joint import (
-    attack_rounds,
-    prior_weight,
-    protect_set,
-    training_steps,
-    work_of,
-)
+from diffkit.protection.joint import protect_set
+from diffkit.protection.rounds import attack_rounds, prior_weight, training_steps, work_of
 from diffkit.protection.settings import Settings
 from tests.models.lora_helpers import randomise
 from tests.protection.attacks import hole, random_pixels
@@ -83,7 +78,7 @@ def _digest(x: Tensor) -> str:
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [("ace", "sd"), ("ace+", "sd-v"), ("fsmg", "sdxl"), ("aspl", "sd3"), ("ace", "flux"),
+    [("ace", "sd"), ("ace+", "sd-v"), ("fsmg", "sdxl"), ("aspl", "sd3"), pytest.param("ace", "flux", marks=pytest.mark.slow),
      ("aspl", "sdxl"), ("fsmg", "pixart-sigma")],
 )  # fmt: skip
 def test_the_budget_holds_and_the_pictures_move(tiny_model: Loader, method: str, name: str) -> None:
@@ -123,6 +118,14 @@ def test_masked_and_transparent_pixels_keep_their_bits(tiny_model: Loader, metho
     assert not first[:, mask[0] == 0].any() and first.any()
     assert not second[:, :3].any() and second[:, 3:].any()
     assert max(int(first.max()), int(second.max())) <= 16
+
+
+@pytest.mark.parametrize("method", JOINT)
+def test_every_step_is_told(tiny_model: Loader, method: str) -> None:
+    told: list[int] = []
+    settings = settings_of(method)
+    protected(tiny_model("sd"), settings, pictures(), each=told.append)
+    assert sum(told) == work_of(settings, 3)
 
 
 def test_no_steps_return_the_pictures(tiny_model: Loader) -> None:

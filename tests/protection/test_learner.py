@@ -233,3 +233,20 @@ def test_a_loss_that_is_not_finite_stops(tiny_folder: Callable[[str], Path]) -> 
         broken = Examples(model.codec, [torch.full((1, 3, 16, 16), torch.nan)], [plan_of(model)])
         with pytest.raises(RunFailed, match="surrogate's loss was not finite"):
             Training(trained, None, ("test",)).run(broken, 1)
+
+
+def test_half_precision_gradients_are_scaled_on_their_way(tiny_sd: Path) -> None:
+    """A mean over the latents has gradients of 1e-5 an element and less, at the end of what float16
+    holds; the same step in float32 says what they should be."""
+    moved = []
+    for dtype in (torch.float32, torch.float16):
+        model = LatentDiffusion.load(tiny_sd, dtype=dtype)
+        with learning(model, Settings("ace", prompt="a")) as trained:
+            assert trained.compute == dtype
+            start = trained.weights()
+            Training(trained, None, ("test",)).run(examples(model, 1), 1)
+            pairs = zip(start, trained.weights(), strict=True)
+            moved.append(torch.cat([(b - a).flatten() for a, b in pairs]))
+    # the first step of Adam is the sign of the gradient
+    there = moved[0] != 0
+    assert float((moved[0].sign() == moved[1].sign())[there].float().mean()) > 0.95
