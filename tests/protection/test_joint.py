@@ -78,9 +78,16 @@ def _digest(x: Tensor) -> str:
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [("ace", "sd"), ("ace+", "sd-v"), ("fsmg", "sdxl"), ("aspl", "sd3"), pytest.param("ace", "flux", marks=pytest.mark.slow),
-     ("aspl", "sdxl"), ("fsmg", "pixart-sigma")],
-)  # fmt: skip
+    [
+        ("ace", "sd"),
+        ("ace+", "sd-v"),
+        ("fsmg", "sdxl"),
+        ("aspl", "sd3"),
+        ("aspl", "sdxl"),
+        ("fsmg", "pixart-sigma"),
+        pytest.param("ace", "flux", marks=pytest.mark.slow),  # its views are of 256 pixels
+    ],
+)
 def test_the_budget_holds_and_the_pictures_move(tiny_model: Loader, method: str, name: str) -> None:
     settings = settings_of(method, levels=4, step_levels=3.0, steps=2)
     q_of = protected(tiny_model(name), settings, pictures())
