@@ -24,9 +24,9 @@ from diffkit.errors import UserError
 from diffkit.files import atomic_write, read_json, write_json
 from diffkit.protection.sidecar import parameter_digest
 
-__all__ = ["CELLS", "PICTURES", "Cell", "CellStore"]
+__all__ = ["CELLS", "MIMICRY", "PICTURES", "Cell", "CellStore"]
 
-CELLS, PICTURES = "cells", "pictures"
+CELLS, PICTURES, MIMICRY = "cells", "pictures", "mimicry"
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class CellStore:
         write_json(path, {"made_of": made_of, "measured": rows, "cost": _plain(cost)})
 
     def forget(self) -> None:
-        """Remove every cell and picture."""
-        for name in (CELLS, PICTURES):
+        """Remove everything that was measured or trained."""
+        for name in (CELLS, PICTURES, MIMICRY):
             shutil.rmtree(self.output / name, ignore_errors=True)
 
     def _picture(self, path: Path, version: str) -> str:
@@ -103,7 +103,7 @@ class CellStore:
 
 def check_output(output: Path) -> None:
     """Raise `UserError` where the output folder holds something that is no audit."""
-    known = {CELLS, PICTURES, "mimicry", "audit.json", "audit.html"}
+    known = {CELLS, PICTURES, MIMICRY, "audit.json", "audit.html"}
     if not output.is_dir():
         return
     strange = sorted(p.name for p in output.iterdir() if not p.name.startswith("."))

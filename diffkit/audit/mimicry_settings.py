@@ -8,9 +8,9 @@ from pathlib import Path
 
 from diffkit.errors import UserError
 
-__all__ = ["DEFAULT_PROMPT", "RECIPES", "MimicrySettings", "Recipe"]
+__all__ = ["DEFAULT_PROMPT", "RECIPES", "WORD", "MimicrySettings", "Recipe"]
 
-DEFAULT_PROMPT = "a picture in the style of sks"
+DEFAULT_PROMPT = "a picture in the style of {}"
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ RECIPES = {
     "dreambooth": Recipe(1000, 2, 5e-7, 200, "Anti-DreamBooth, arXiv:2303.15433"),
     "textual-inversion": Recipe(6000, 1, 2e-3, 0, "Mist, arXiv:2305.12683"),
 }
-VECTORS = 8
-"""Embedding rows of the new word in textual inversion (Mist)."""
+WORD = "sks"
+"""What stands for {} in prompts of those that learn no new word."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class MimicrySettings:
     Attributes:
         steps, learning_rate: of training.
         rank: of lora.
+        vectors: embedding rows of the new word in textual inversion; 8 are Mist's.
         instance_prompt: what the pictures are learnt as; None is their captions, else a default.
+            {} stands for the new word of textual inversion, and for "sks" elsewhere.
         class_prompt: adds prior preservation with this prompt.
         class_images: a folder of class pictures; None lets the model draw them.
         samples: pictures that each imitator draws.
@@ -57,6 +59,7 @@ class MimicrySettings:
     steps: int | None = None
     rank: int = 4
     learning_rate: float | None = None
+    vectors: int = 8
     instance_prompt: str | None = None
     class_prompt: str | None = None
     class_images: Path | None = None
@@ -72,17 +75,14 @@ class MimicrySettings:
             flag = "--" + name.replace("_", "-")
             if given and not kinds:
                 raise UserError(f"{flag}: is for imitators; add one to --threats.")
-        if self.rank != usual.rank and "lora" not in kinds:
-            raise UserError("--rank: is for lora; add it to --threats.")
-        if list(kinds) == ["textual-inversion"]:
-            for name in ("instance_prompt", "class_prompt", "class_images"):
-                if getattr(self, name) is not None:
-                    raise UserError(
-                        f"--{name.replace('_', '-')}: textual-inversion reads none; leave it out."
-                    )
+        for name, kind in (("rank", "lora"), ("vectors", "textual-inversion")):
+            if getattr(self, name) != getattr(usual, name) and kind not in kinds:
+                raise UserError(f"--{name}: is for {kind}; add it to --threats.")
+        if "textual-inversion" in kinds:
+            self._check_inversion(kinds)
         if self.class_images is not None and self.class_prompt is None:
             raise UserError("--class-images: needs --class-prompt, what they show.")
-        for name in ("steps", "rank", "learning_rate"):
+        for name in ("steps", "rank", "vectors", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0.")
@@ -91,3 +91,12 @@ class MimicrySettings:
         for share in self.partial:
             if not 0 < share < 100:
                 raise UserError(f"--partial {share}: must lie between 0 and 100 per cent.")
+
+    def _check_inversion(self, kinds: Sequence[str]) -> None:
+        if self.instance_prompt is not None and self.instance_prompt.count("{}") != 1:
+            raise UserError(
+                f"--instance-prompt {self.instance_prompt!r}: must hold {{}} once for "
+                "textual-inversion, where the new word goes."
+            )
+        if self.class_prompt is not None and list(kinds) == ["textual-inversion"]:
+            raise UserError("--class-prompt: textual-inversion has no class; leave it out.")

@@ -76,8 +76,9 @@ class ModelAudit:
 
 @dataclass
 class Audit:
-    """Everything that a report is made from."""
+    """Everything that a report is made from; `clean` is the file or folder of originals."""
 
+    clean: Path
     pairing: Pairing
     pictures: list[AuditPicture]
     refused: list[Skipped]
@@ -113,7 +114,7 @@ def run_audit(
             scorer=request.scorer,
         )
         if audit is None:
-            audit = _inspected(request, pairing, ruler)
+            audit = _inspected(request, clean, pairing, ruler)
         work = _Work(request, audit, store, model, ruler)
         audit.models.append(work.run())
         del model, ruler, work
@@ -131,7 +132,7 @@ def shown_pictures(count: int) -> list[int]:
     return [round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)]
 
 
-def _inspected(request: AuditRequest, pairing: Pairing, ruler: Ruler) -> Audit:
+def _inspected(request: AuditRequest, clean: Path, pairing: Pairing, ruler: Ruler) -> Audit:
     pictures, refused = [], list(pairing.unreadable)
     perceptual = "lpips" not in ruler.skipped
     for pair in progress(pairing.pairs, "looking at pictures"):
@@ -143,7 +144,7 @@ def _inspected(request: AuditRequest, pairing: Pairing, ruler: Ruler) -> Audit:
             warn(f"{pair.protected}: {error.reason}")
     if not pictures:
         raise UserError(f"none of {len(pairing.pairs)} pairs can be measured.")
-    return Audit(pairing, pictures, refused, request.noises(len(pictures)))
+    return Audit(clean, pairing, pictures, refused, request.noises(len(pictures)))
 
 
 class _Work:
@@ -176,6 +177,8 @@ class _Work:
             cells.setdefault(number, []).append(self._cell(*jobs[number], i))
         for number, (threat, purifier) in enumerate(jobs):
             found.rows.append(ThreatRow(threat, tuple(cells[number]), purifier))
+        for kind in self.request.threats.mimicry:
+            found.mimicry.append(self._imitate(kind, found))
         ruler = self.measure.ruler
         measured = {
             key
@@ -189,6 +192,17 @@ class _Work:
         if "ms_ssim" not in measured | ruler.skipped.keys():
             found.skipped["ms_ssim"] = f"needs sides of at least {MS_SSIM_SIDE} pixels"
         return found
+
+    def _imitate(self, kind: str, found: ModelAudit) -> dict[str, Any]:
+        from diffkit.audit.mimicry import imitate
+        from diffkit.audit.mimicry_scores import score_imitation
+
+        pictures, place = self.audit.pictures, (self.audit.clean, self.store.output)
+        made = imitate(self.request, kind, self.model.source, self.weights, pictures, *place)
+        originals = [self._open(picture)[0][CLEAN] for picture in pictures]
+        entry = score_imitation(made, originals, self.measure.ruler, self.request.seed)
+        found.skipped |= {f"{kind}: {key}": why for key, why in entry.pop("skipped").items()}
+        return entry
 
     def _purifiers(self) -> list[Purifier]:
         request = self.request

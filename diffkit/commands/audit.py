@@ -69,12 +69,15 @@ class AuditConfig:
     rank: int = 4
     """Rank of lora."""
 
+    vectors: int = 8
+    """Embedding rows of the new word of textual-inversion."""
+
     learning_rate: float | None = None
     """Of lora (1e-4), dreambooth (5e-7) and textual-inversion (2e-3)."""
 
     instance_prompt: str | None = None
-    """What lora and dreambooth learn the pictures as; default the captions of CLEAN, else "a
-    picture in the style of sks"."""
+    """What the pictures are learnt as, with {} for the new word of textual-inversion (sks for
+    others); default the captions of CLEAN, else "a picture in the style of {}"."""
 
     class_prompt: str | None = None
     """Adds prior preservation to lora and dreambooth: the prompt of the class pictures."""
@@ -179,6 +182,7 @@ def _request(config: AuditConfig) -> AuditRequest:
         mimicry=MimicrySettings(
             steps=config.steps,
             rank=config.rank,
+            vectors=config.vectors,
             learning_rate=config.learning_rate,
             instance_prompt=config.instance_prompt,
             class_prompt=config.class_prompt,

@@ -71,7 +71,9 @@ def test_a_mask_is_for_inpainting_and_inpainting_for_a_mask(tmp_path: Path) -> N
     [
         ("sdedit", {"steps": 5}, "--steps: is for imitators"),
         ("dreambooth", {"rank": 8}, "--rank: is for lora"),
-        ("textual-inversion", {"class_prompt": "a"}, "--class-prompt: textual-inversion reads"),
+        ("textual-inversion", {"class_prompt": "a"}, "--class-prompt: textual-inversion has"),
+        ("textual-inversion", {"instance_prompt": "a"}, "must hold {} once"),
+        ("lora", {"vectors": 3}, "--vectors: is for textual-inversion"),
         ("lora", {"class_images": Path("x")}, "needs --class-prompt"),
         ("lora", {"partial": (100,)}, "between 0 and 100"),
         ("lora", {"samples": 1}, "at least 2"),
