@@ -12,6 +12,7 @@ from typing import Any
 from protection_parts import plan
 from protection_parts.artist import pixels_of, protected, save_sheet
 from protection_parts.attacks import attack_latents, versions
+from protection_parts.causes import causes
 from protection_parts.edits import Version, compare, encode, look_at, relative_change
 from protection_parts.figure import draw
 from protection_parts.mimicry import draw_pictures, learn, learnt_pictures, scores
@@ -81,8 +82,16 @@ def mimic(cell: Cell, model: LatentDiffusion, network: FeatureNetwork) -> dict[s
     return scores(network, pictures)
 
 
+def cause(cell: Cell, model: LatentDiffusion) -> dict[str, Any]:
+    """What stronger and stronger purifiers leave, in latents and in edits."""
+    pixels, _ = versions(model, cell)
+    return causes(model, pixels_of(protected()), pixels, cell.settings, cell.seed)
+
+
 def run(cell: Cell) -> dict[str, Any]:
     """Make one cell."""
+    if cell.settings["kind"] == "cause":
+        return cause(cell, embedded())
     network = FeatureNetwork.load(FEATURES)
     part = edit if cell.settings["kind"] == "edit" else mimic
     return part(cell, embedded(), network)

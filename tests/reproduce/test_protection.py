@@ -18,7 +18,8 @@ from protection_parts.artist import KNOWN, LEARNT, protected, reference
 from protection_parts.attacks import attack_latents, picture_seeds, settings_of
 from protection_parts.edits import compare, edit_latents, encode, look_at, purify
 from protection_parts.mimicry import learnt_pictures
-from protection_parts.report import retention, text
+from protection_parts.report import text
+from protection_parts.tables import retention
 from runner.experiment import Results
 from torch import Tensor
 

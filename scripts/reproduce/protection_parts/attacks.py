@@ -15,6 +15,7 @@ from torch import Tensor
 from diffkit.files import atomic_directory
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.denoising import denoising_loss
+from diffkit.protection.joint import protect_set
 from diffkit.protection.protect import ProtectionResult, protect
 from diffkit.protection.settings import Settings
 from diffkit.randomness import address, normal, uniform
@@ -50,7 +51,7 @@ def attack(
     """Protect uint8 pictures (N, 3, H, W), one artist's."""
     if settings.row.joint is None:
         return protect(pixels, model, settings, seeds=seeds)
-    raise NotImplementedError
+    return protect_set(list(pixels), model, settings, seeds=seeds)
 
 
 def versions(model: LatentDiffusion, cell: Cell) -> tuple[Tensor, dict[str, Any]]:

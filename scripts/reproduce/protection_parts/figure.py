@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from runner.experiment import Results
 
 from protection_parts import plan
-from protection_parts.report import effects, retention
+from protection_parts.tables import effects, retention
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ from runner.inputs import asset_digests
 __all__ = [
     "ARMS",
     "BUDGETS",
+    "CAUSE_METHODS",
     "FEWER",
     "METHODS",
     "MIMICRY_BUDGET",
@@ -17,6 +18,7 @@ __all__ = [
     "SEEDS",
     "SETTINGS",
     "STRENGTHS",
+    "cause_arm",
     "edit_arm",
     "mimic_arm",
     "word",
@@ -61,6 +63,16 @@ EDIT: dict[str, Any] = {
     "steps": 20,
     "purifiers": list(PURIFIERS),
     "held_out_draws": 16,
+}
+CAUSE_METHODS = ("random", "texture", "advdm")
+CAUSE: dict[str, Any] = {
+    "kind": "cause",
+    "steps": 20,
+    "purifiers": [
+        *(f"jpeg{quality}" for quality in (90, 75, 50, 25, 10)),
+        *(f"resize{factor}" for factor in (0.75, 0.5, 0.25)),
+        *(f"sdedit{strength}" for strength in (0.1, 0.2, 0.5)),
+    ],
 }
 MIMIC: dict[str, Any] = {
     "kind": "mimic",
@@ -124,10 +136,21 @@ def _mimics() -> dict[str, dict[str, Any]]:
     }
 
 
-ARMS: dict[str, dict[str, Any]] = {**_edits(), **_mimics()}
+def cause_arm(method: str) -> str:
+    """The arm that looks for the reason of what purifiers leave of a method's effect."""
+    return f"cause-{word(method)}-8"
+
+
+def _causes() -> dict[str, dict[str, Any]]:
+    return {cause_arm(method): {**CAUSE, "method": method, "levels": 8} for method in CAUSE_METHODS}
+
+
+ARMS: dict[str, dict[str, Any]] = {**_edits(), **_mimics(), **_causes()}
 
 
 def _once(arm: dict[str, Any]) -> bool:
+    if arm["kind"] == "cause":
+        return True
     if arm["kind"] == "edit":
         return arm["method"] in ONCE
     return arm["method"] not in (*REPEATED, "clean") or arm["levels"] not in (0, MIMICRY_BUDGET)

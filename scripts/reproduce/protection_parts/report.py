@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from numpy.typing import NDArray
 from runner.experiment import Results
 from runner.intervals import paired_difference
 from runner.report import interval_text
 
 from diffkit.audit.intervals import Interval, is_clear, mean, ratio
 from protection_parts import plan
+from protection_parts.claims import cause_table, claims
+from protection_parts.tables import array, effects, retention, table
 
-__all__ = ["effects", "retention", "text"]
-
-Values = NDArray[np.float64]
-"""(seeds, pictures)."""
-
-
-def array(results: Results, arm: str, seeds: Sequence[int], *keys: str) -> Values:
-    """(seeds, pictures) of a measure with a value a picture."""
-    rows = []
-    for values in (results.values[arm, seed] for seed in seeds):
-        for key in keys:
-            values = values[key]
-        rows.append(values)
-    return np.asarray(rows, dtype=np.float64)
-
-
-def effects(results: Results, method: str, levels: int, *keys: str) -> tuple[Values, Values] | None:
-    """A measure of a method and of the random control, over the seeds that both have."""
-    arms = plan.edit_arm(method, levels), plan.edit_arm("random", levels)
-    seeds = results.seeds(*arms)
-    if not seeds:
-        return None
-    mine, control = (array(results, arm, seeds, *keys) for arm in arms)
-    return mine, control
-
-
-def retention(results: Results, method: str, levels: int, purifier: str) -> Interval | None:
-    """mean effect behind the purifier / mean effect without it, on latents, at strength 0.3."""
-    arm = plan.edit_arm(method, levels)
-    seeds = results.seeds(arm)
-    if not seeds or method == plan.LATENT:
-        return None
-    behind = array(results, arm, seeds, "latent", purifier)
-    return ratio(behind, array(results, arm, seeds, "latent", f"{plan.SHOWN}"))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " --- |" * (len(head) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+__all__ = ["text"]
 
 
 def edit_table(results: Results, levels: int) -> list[str]:
@@ -123,6 +83,19 @@ def interval_percent(interval: Interval) -> str:
     """`54% [50%, 58%]`."""
     return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
+
+CAUSES = (
+    "**Why purification leaves so much here.** What ever stronger purifiers leave of the "
+    "difference between a protected picture and its clean twin (8 levels, one seed): its size, and "
+    "the part of it that still points where the attack pointed; of latents, and of edits of "
+    "strength 0.3. SDEdit leaves less than a third of the latents' change in the attack's "
+    "direction. But the edit that follows noises more than the purifier did and removes most of "
+    "that anyway, so that after it the ratio is larger, and no smaller than that of random noise. "
+    "JPEG leaves the attack's direction nearly whole down to quality 50: most of the change lies "
+    "below half of Nyquist, and that half alone does about four fifths of the effect. Coarser JPEG "
+    "removes the direction and not the size: its rounding scatters pictures that hardly differ, "
+    "which random noise shows best."
+)
 
 MIMICRY = (
     ("kernel_style", ".3f"),
@@ -197,5 +170,11 @@ def text(results: Results) -> str:
         "distances and fewer pictures in the style mean worse imitation.",
         "",
         *mimicry_table(results),
+        "",
+        "**What was expected, and what came.**",
+        "",
+        *claims(results, plan.MIMICRY_BUDGET),
     ]
+    if causes := cause_table(results):
+        lines += ["", CAUSES, "", *causes]
     return "\n".join(lines)
