@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,7 +279,7 @@ class Worker:
             working_sizes=tuple(sizes),
             max_delta=float(delta.max()),
             mean_delta=float(delta.mean()),
-            ssim=_optional(lambda: float(ssim(clean[None], q[None]))),
+            ssim=_finite(float(ssim(clean[None], q[None]))),
             skipped_steps=int(done.stats.get("skipped_steps", 0)),
             loss_first=done.stats.get("score_first"),
             loss_last=done.stats.get("score_last"),
@@ -343,9 +344,5 @@ def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(found) if found else None
 
 
-def _optional(measure: Callable[[], float]) -> float | None:
-    """A measure whose package may be missing, and which small pictures do not have."""
-    try:
-        return measure()
-    except (UserError, RuntimeError, ValueError):
-        return None
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -36,6 +36,21 @@ def test_floats_and_pixels_agree():
         torch.testing.assert_close(metric(signed[0], b), metric(a, b), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (6, 40), (301, 17)])
+def test_ssim_is_that_of_torchmetrics(monkeypatch, height, width):
+    """Strip by strip: torchmetrics unfolds all windows at once, 58 GB at 12 megapixels."""
+    metrics = pytest.importorskip("torchmetrics.functional.image")
+    monkeypatch.setattr("diffkit.perceptual.pixels._STRIP", 64 * 7)
+    a = randomness.integers(0, 256, (2, 3, height, width), "a").to(torch.uint8)
+    b = (a.int() + randomness.integers(-30, 31, a.shape, "b")).clamp(0, 255).to(torch.uint8)
+    b[1] = 255 - b[1]
+    pair = [x.double() / 255 for x in (a, b)]
+    expected = metrics.structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(a, b).double(), expected, atol=1e-6, rtol=0)
+    assert -1 <= float(ssim(a, b).min()) < 0 < float(ssim(a, b).max()) < 1
+    assert ssim(a[..., :5, :], b[..., :5, :]).isnan().all()
+
+
 def test_equal_pictures():
     a = uniform("a", MS_SSIM_SIDE, 1)
     assert psnr(a, a).tolist() == [100.0]
