@@ -89,12 +89,17 @@ def _latent_l2(a: Seen, b: Seen) -> Tensor:
     return (a.latents - b.latents).square().mean((1, 2, 3)).sqrt().cpu()
 
 
+def _one_minus_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|^2 / 2 of unit vectors, which is exactly 0 for equal ones; 1 - a.b need not be."""
+    return (a - b).square().sum(1) / 2
+
+
 def _feature_distance(a: Seen, b: Seen) -> Tensor:
-    return 1 - (a.features * b.features).sum(1)
+    return _one_minus_cosine(a.features, b.features)
 
 
 def _image_distance(a: Seen, b: Seen) -> Tensor:
-    return 1 - (a.embeddings * b.embeddings).sum(1)
+    return _one_minus_cosine(a.embeddings, b.embeddings)
 
 
 @dataclass(frozen=True)
