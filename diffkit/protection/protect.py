@@ -22,7 +22,15 @@ from diffkit.protection.surrogate import Surrogate, frozen
 from diffkit.protection.timesteps import greedy_choice
 from diffkit.protection.views import ViewPlan, plan_views
 
-__all__ = ["Attack", "ProtectionResult", "check_model", "plan_for", "prepared", "protect"]
+__all__ = [
+    "Attack",
+    "ProtectionResult",
+    "budget_weight",
+    "check_model",
+    "plan_for",
+    "prepared",
+    "protect",
+]
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Attack:
     ) -> Attack:
         """Everything but the first step; see `protect`."""
         row, device = settings.row, pixels.device
-        weight = _weight(pixels, settings, alpha, mask)
+        weight = budget_weight(pixels, settings, alpha, mask)
         opaque = None if alpha is None else alpha.to(device, torch.float32) / 255
         keep = mask.to(device, torch.float32) if row.edits and mask is not None else None
         pictures = Pictures(as_signed(pixels), list(seeds), opaque, keep)
@@ -266,7 +274,7 @@ def plan_for(
     )
 
 
-def _weight(
+def budget_weight(
     pixels: Tensor, settings: Settings, alpha: Tensor | None, mask: Tensor | None
 ) -> Tensor | None:
     """The share of the budget of each pixel, (B, 1, H, W) in [0, 1], or None where it is 1."""

@@ -26,7 +26,7 @@ from diffkit.protection.job import Item, Request, Unit
 from diffkit.protection.joint import protect_set
 from diffkit.protection.memory import Effort, with_fallback, with_less
 from diffkit.protection.pgd import random_noise
-from diffkit.protection.protect import ProtectionResult, plan_for, protect
+from diffkit.protection.protect import ProtectionResult, budget_weight, plan_for, protect
 from diffkit.protection.sidecar import Sidecar, publish
 
 __all__ = ["Extra", "Finished", "Worker"]
@@ -240,7 +240,7 @@ class Worker:
             name = str(item.source.path)
             encoded = encode_picture(picture, result.pixels, self.request.keep_jpeg, name)
             levels = result.stats.get("levels", self.request.settings.rule().levels)
-            control = random_noise(picture.pixels[None], levels, [row.seed])[0]
+            control = self._control(row, levels)
             done = Finished(item, picture, encoded, result.stats, control)
             item.output.parent.mkdir(parents=True, exist_ok=True)
             publish(item.output, encoded.data, self._record(done, levels))
@@ -248,6 +248,13 @@ class Worker:
             self.fail(item, str(error))
             return
         self.made.append(item.output)
+
+    def _control(self, row: _Opened, levels: int) -> Tensor:
+        """Random noise of the same budget, in the same pixels."""
+        rows = [None if x is None else x[None] for x in (row.picture.alpha, row.mask)]
+        pixels = row.picture.pixels[None]
+        weight = budget_weight(pixels, self.request.settings, *rows)
+        return random_noise(pixels, levels, [row.seed], weight)[0]
 
     def _record(self, done: Finished, levels: int) -> Sidecar:
         settings, clean, q = self.request.settings, done.picture.pixels, done.encoded.pixels

@@ -202,6 +202,30 @@ def test_extras_reach_the_record(request_of: Request, model: LatentDiffusion) ->
     assert int(change.max()) == 8  # the control spends the whole budget
 
 
+def test_the_control_keeps_to_the_same_pixels(
+    request_of: Request, model: LatentDiffusion, tmp_path: Path
+) -> None:
+    """It once changed what mask and alpha fix, and so looked stronger than what it is beside."""
+    mask = tmp_path / "mask.png"
+    half = torch.zeros(32, 32, dtype=torch.uint8)
+    half[:, 16:] = 255
+    Image.fromarray(half.numpy()).save(mask)
+    pixels = noise(8, 32, 4)
+    pixels[:8, :, 3], pixels[8:, :, 3] = 0, 200
+    path = request_of.paths[0] / "4.png"
+    path.write_bytes(encoded(Image.fromarray(pixels), "PNG"))
+    seen: list[Finished] = []
+    masked = replace(request_of, paths=(path,), mask=mask)
+    work(masked, model, extras=[lambda done: seen.append(done) or {}])
+    (done,) = seen
+    free = torch.zeros(32, 32, dtype=torch.bool)
+    free[8:, 16:] = True
+    for version in (done.control, done.encoded.pixels):
+        change = (version.int() - done.picture.pixels.int()).abs().amax(0)
+        assert not change[~free].any()
+        assert change[free].float().mean() > 1
+
+
 def test_masks_are_read_by_the_nearest_pixel(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     mask = Image.new("RGB", (2, 1))
