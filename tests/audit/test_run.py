@@ -122,6 +122,7 @@ def test_one_noise_for_clean_and_protected(tmp_path: Path, tiny_sd: Path) -> Non
         assert int(moved.min()) == int(moved.max()) == 8
 
 
+@pytest.mark.slow
 def test_a_killed_audit_goes_on(
     tmp_path: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_other_folders_are_not_written_into(tmp_path: Path, tiny_sd: Path) -> No
         audit(tmp_path, tiny_sd)
 
 
+@pytest.mark.slow
 def test_a_prompt_of_its_own_comes_from_the_record(tmp_path: Path, tiny_sd: Path) -> None:
     clean, result = two_folders(tmp_path, 2)
     record(result / "0.png", clean / "0.png", prompt="b c")
@@ -183,6 +185,7 @@ def test_a_model_without_guidance_leaves_the_guided_row_out_by_name(
     assert plain.refusal(model) is None
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_library(tmp_path: Path, tiny_sd: Path) -> None:
     """audit.json and `sdedit_effects` measure the same edits."""
     from diffkit.audit.effects import sdedit_effects
