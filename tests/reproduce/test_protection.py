@@ -5,21 +5,23 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import protection
 import pytest
 import torch
 from captions import read_concepts
 from diffkit.assets import path
 from gates import read_pictures
 from matplotlib.figure import Figure
-from protection import EXPERIMENT
 from protection_parts import plan
 from protection_parts.artist import KNOWN, LEARNT, protected, reference
 from protection_parts.attacks import attack_latents, picture_seeds, settings_of
+from protection_parts.causes import band, shares
+from protection_parts.claims import claims
 from protection_parts.edits import compare, edit_latents, encode, look_at, purify
 from protection_parts.mimicry import learnt_pictures
 from protection_parts.report import text
 from protection_parts.tables import retention
+from reproduce import protection
+from reproduce.protection import EXPERIMENT
 from runner.experiment import Results
 from torch import Tensor
 
@@ -139,6 +141,22 @@ def test_seeds_of_pictures_differ() -> None:
     assert len({*picture_seeds(0, 16), *picture_seeds(1, 16)}) == 32
 
 
+def test_size_and_direction_of_what_is_left() -> None:
+    whole = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    turned = torch.tensor([[0.0, 2.0], [1.0, 0.0]])  # scattered, and halved
+    found = shares([whole, turned], [whole, whole])
+    assert found == {"latents": 1, "latents along": 1, "edits": 0.75, "edits along": 0.25}
+
+
+def test_the_bands_of_a_change_add_up_and_do_not_overlap() -> None:
+    delta = normal((2, 3, 16, 16), "delta")
+    low, high = band(delta, low=True), band(delta, low=False)
+    assert torch.allclose(low + high, delta.double(), atol=1e-6)
+    assert abs(float((low * high).sum())) < 1e-6
+    stripes = torch.tensor([1.0, -1.0]).repeat(8).expand(1, 3, 16, 16)
+    assert torch.allclose(band(stripes, low=False), stripes.double(), atol=1e-12)
+
+
 # -- intervals and tables -----------------------------------------------------------------------
 
 
@@ -174,6 +192,21 @@ def test_the_tables_of_known_results() -> None:
     assert "| random | " + " | ".join(["100% [100%, 100%]"] * 3) + " |" in rows
     mimic = "| mist, 16 levels | 3 | 3.000 | 3.000 | 3.0 | 50.0% | +2.000 [+2.000, +2.000] |"
     assert mimic in rows
+
+
+def test_claims_hold_or_not_by_their_intervals() -> None:
+    cells = dict(known().values)
+    for seed, value in zip(plan.SEEDS, (2.9, 3.0, 3.1)):
+        cells["lora-random-16", seed] = {**cells["lora-clean", seed], "kernel_style": 1.0}
+        cells["lora-mist-16", seed] = {**cells["lora-mist-16", seed], "kernel_style": value}
+        cells["lora-50-mist-16", seed] = {**cells["lora-clean", seed], "kernel_style": 1.5}
+        cells["mist-16", seed] = cells["advdm-16", seed]
+        cells["latent-16", seed] = cells["sds-minus-16", seed]
+    rows = {row.split(" | ")[0][2:]: row for row in claims(Results(cells), 16)[2:]}
+    ends = [row.rsplit(" | ", 1)[1] for row in rows.values()]
+    assert ends == ["yes |", "yes |", "yes |", "yes |", "no |", "yes |", "yes |"]
+    assert "+2.000 [+1.752, +2.248]" in rows[next(name for name in rows if "mimic" in name)]
+    assert "to 25% of it" in rows[next(name for name in rows if "half" in name)]
 
 
 def test_what_is_left_is_a_ratio_of_means() -> None:
