@@ -236,17 +236,19 @@ def test_a_loss_that_is_not_finite_stops(tiny_folder: Callable[[str], Path]) -> 
 
 
 def test_half_precision_gradients_are_scaled_on_their_way(tiny_sd: Path) -> None:
-    """A mean over the latents has gradients of 1e-5 an element and less, at the end of what float16
-    holds; the same step in float32 says what they should be."""
+    """A mean over the latents of 128 pixels has gradients at the end of what float16 holds: without
+    a scale 4 % of the weights move the wrong way or not at all, at 256 pixels 12 %. The same step
+    in float32 says what they should do."""
     moved = []
     for dtype in (torch.float32, torch.float16):
         model = LatentDiffusion.load(tiny_sd, dtype=dtype)
+        plan = plan_views(128, 128, 128, model.working_multiple, views=1)
+        pictures = Examples(model.codec, [random_pixels(1, 128, 128)], [plan])
         with learning(model, Settings("ace", prompt="a")) as trained:
-            assert trained.compute == dtype
             start = trained.weights()
-            Training(trained, None, ("test",)).run(examples(model, 1), 1)
+            Training(trained, None, ("test",)).run(pictures, 1)
             pairs = zip(start, trained.weights(), strict=True)
             moved.append(torch.cat([(b - a).flatten() for a, b in pairs]))
     # the first step of Adam is the sign of the gradient
     there = moved[0] != 0
-    assert float((moved[0].sign() == moved[1].sign())[there].float().mean()) > 0.95
+    assert float((moved[0].sign() == moved[1].sign())[there].float().mean()) > 0.99
