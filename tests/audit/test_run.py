@@ -98,6 +98,7 @@ def test_without_a_record_the_control_has_the_largest_change(tmp_path: Path) -> 
     assert picture.levels == 5 and picture.facts()["method"] is None
 
 
+@pytest.mark.slow
 def test_sizes_that_differ_are_refused_by_name_and_the_rest_is_measured(
     tmp_path: Path, tiny_sd: Path
 ) -> None:
@@ -206,6 +207,7 @@ def test_numbers_are_those_of_the_library(tmp_path: Path, tiny_sd: Path) -> None
     assert Edit(0.03).run == 3
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_tells_what_must_be_told(tmp_path: Path, tiny_sd: Path) -> None:
     from tests.evaluation.test_page import Page, check_whole
 
