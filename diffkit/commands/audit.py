@@ -145,6 +145,8 @@ def main(config: AuditConfig) -> int:
     from diffkit.files import write_json
 
     request = _request(config)
+    if "embedded" in request.models:
+        say("The embedded model knows emoji only: it says nothing about real pictures (--model).")
     audit = run_audit(request, config.clean, config.protected, config.output, config.overwrite)
     report = build_report(audit, request)
     write_json(config.output / "audit.json", report)
