@@ -41,6 +41,7 @@ bench: venv
 	$(BIN)/python scripts/bench/training.py --output outputs/bench
 	$(BIN)/python scripts/bench/generation.py --output outputs/bench
 	$(BIN)/python scripts/bench/evaluation.py --output outputs/bench
+	$(BIN)/python scripts/bench/protection.py --output outputs/bench
 
 lint: venv
 	$(BIN)/ruff check .

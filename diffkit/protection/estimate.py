@@ -30,6 +30,7 @@ from diffkit.models.cost import (
     parameter_count,
 )
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.sparing import SparingActivations
 from diffkit.protection.editing import STEPS, photoguard_diffusion
 from diffkit.protection.gradients import HELD_OUT
 from diffkit.protection.methods import Passes
@@ -271,7 +272,12 @@ def _encoder(model: LatentDiffusion, height: int, width: int, lean: bool) -> Gra
     if lean:
         return count_vjp(lambda cotangent: codec.encode_moments_vjp(x, cotangent))
     x.requires_grad_()
-    return count_gradient(lambda: codec.encode_moments(x), x, Surrogate(codec).networks())
+
+    def encode() -> Tensor:
+        with SparingActivations():
+            return codec.encode_moments(x)
+
+    return count_gradient(encode, x, Surrogate(codec).networks())
 
 
 def _decoder(model: LatentDiffusion, height: int, width: int) -> GradientCost:

@@ -3,14 +3,15 @@
     g = sum_v  g_v / mean |g_v|,     g_v = J_v^T J_E^T c,     c = mean_k dJ(moments; t_k, eps_k)
 
 with J_v the Jacobian of the view (crop and resize) and J_E that of the encoder; the tiles of a
-picture, weighted by their windows and summed, count as one view. All losses depend
-on the pixels through the encoder's moments alone, so K draws of noise and time cost K passes of the
-denoiser and one of the encoder. With input transforms each draw sees another picture and needs an
-encoder pass of its own.
+picture, weighted by their windows and summed, count as one view. All losses depend on the pixels
+through the encoder's moments alone, so K draws of noise and time cost K passes of the denoiser and
+one of the encoder. With input transforms each draw sees another picture and needs an encoder pass
+of its own.
 
-Plain: the encoder's graph is kept while c is computed, without what frozen layers can do without. Lean: the encoder runs without a graph, c is
-computed, and the encoder's pieces are run again one at a time (`Codec.encode_moments_vjp`); the
-denoiser recomputes its activations too. Both are the same gradient.
+Plain: the encoder's graph is kept while c is computed, but for what frozen layers can do without
+(`SparingActivations`). Lean: the encoder runs without a graph, c is computed, and the encoder's
+pieces are run again one at a time (`Codec.encode_moments_vjp`); the denoiser recomputes its
+activations too. Both are the same gradient.
 """
 
 from __future__ import annotations

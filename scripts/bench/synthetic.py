@@ -44,6 +44,19 @@ SHAPES = {
     "small": Shape(
         64, 24, (128, 3, 4), (32, 64, 96), 1, (64, 128, 128), (False, True, True), 2, 8, 32
     ),
+    # half the channels of Stable Diffusion: a step is seconds on a CPU, and mostly arithmetic
+    "half": Shape(
+        192,
+        77,
+        (384, 2, 6),
+        (64, 128, 256, 256),
+        2,
+        (160, 320, 640, 640),
+        (True, True, True, False),
+        2,
+        8,
+        32,
+    ),
     "sd": Shape(
         512,
         77,

@@ -52,14 +52,14 @@ def test_published_models(name: str, encoder: float, forward: float, backward: f
     assert texture.flops / TERA == pytest.approx(encoder, rel=0.05)
     assert sds.flops / TERA == pytest.approx(encoder + forward, rel=0.05)
     assert advdm.flops / TERA == pytest.approx(encoder + forward + backward, rel=0.05)
-    # two passes: the encoder forward once more; and the denoiser's, whose blocks are checkpointed
+    # two passes: the encoder forward once more; besides, most of the denoiser is computed again
+    again = lean.passes[-1][1].flops_without_attention - advdm.passes[-1][1].flops_without_attention
     two_passes = encoder / 2 + encoder + forward + backward
-    assert lean.flops / TERA == pytest.approx(two_passes + forward, rel=0.05)
-    again = sds.flops - texture.flops
     assert (lean.flops - again) / TERA == pytest.approx(two_passes, rel=0.05)
+    assert 0.6 * forward * TERA < again < 1.01 * forward * TERA
     assert texture.memory_bytes < sds.memory_bytes < advdm.memory_bytes
-    assert lean.memory_bytes < sds.memory_bytes
-    assert lean.saved_bytes < advdm.saved_bytes / 4
+    assert lean.memory_bytes < advdm.memory_bytes
+    assert lean.saved_bytes < advdm.saved_bytes / 2
 
 
 @pytest.mark.parametrize("name", ["pixel", "sd3", *map(_slow, ("sdxl", "flux", "dit"))])
