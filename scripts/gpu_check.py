@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from bench import paired, synthetic
+from gpu_protection import protection
 
 from diffkit import cli
 from diffkit.errors import UserError
@@ -247,6 +248,7 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "compiled": compiled,
     "statistics": statistics_of_sets,
     "evaluate": evaluate,
+    "protection": protection,
 }
 
 

@@ -45,6 +45,16 @@ def test_statistics_write_their_result(setting: gpu_check.Setting, tmp_path: Pat
     assert rows["frechet"]["value"] > 0
 
 
+def test_protection_writes_its_result(setting: gpu_check.Setting, tmp_path: Path) -> None:
+    assert gpu_check.run_section("protection", setting, tmp_path), read_json(
+        tmp_path / "protection.json"
+    )
+    result = read_json(tmp_path / "protection.json")
+    assert len(result["rows"]) == 8
+    assert all(row["seconds"] > 0 for row in result["rows"].values())
+    assert result["bf16_sign_agreement"] > 0.8
+
+
 @pytest.mark.slow
 def test_evaluate_writes_its_result(setting: gpu_check.Setting, tmp_path: Path) -> None:
     assert gpu_check.run_section("evaluate", setting, tmp_path), read_json(

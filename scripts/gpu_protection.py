@@ -1,0 +1,121 @@
+"""Sections of the GPU check about protection: memory, gradients in half precision, step times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from bench import paired, real_sizes
+from torch import Tensor
+
+from diffkit.models.conditioner import Conditioning
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.protection.protect import Attack, plan_for
+from diffkit.protection.settings import Settings
+from diffkit.protection.surrogate import Surrogate, frozen
+
+__all__ = ["LIMITS", "protection"]
+
+LIMITS = {"SD1.5": ("ace", True, 6e9), "SDXL": ("sds+", False, 12e9)}
+"""Published models: the method, whether in two passes, and the bytes that it must stay under."""
+
+
+class Setting(Protocol):
+    """What is read of the check's own setting."""
+
+    device: str
+
+    def model(self, dtype: torch.dtype) -> LatentDiffusion:
+        """A model of random weights on the device."""
+
+
+@contextmanager
+def ready(
+    model: LatentDiffusion, cond: Conditioning, method: str, size: int, lean: bool
+) -> Iterator[Attack]:
+    """An attack on one picture of noise, told `cond`; surrogates that train stay untrained."""
+    settings = Settings(method, views=1, steps=8)
+    told = model.family.guidance_scale if model.family.takes_guidance else None
+    surrogate = Surrogate(
+        model.codec, model.denoiser, model.conditioner, cond.to(model.device), None, told
+    )
+    draws = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (1, 3, size, size), generator=draws).to(torch.uint8)
+    with frozen(surrogate.networks(), [model.denoiser.model] if lean else []):
+        plan = plan_for(model, settings, size, size)
+        pixels = pixels.to(model.device)
+        yield Attack.prepare(pixels, [surrogate], settings, seeds=[0], plan=plan, lean=lean)
+
+
+def peak(device: str) -> int:
+    """The most bytes held since the last call."""
+    found = paired.peak_memory()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def steps_of(
+    model: LatentDiffusion, cond: Conditioning, method: str, size: int, lean: bool
+) -> dict[str, float]:
+    """Median seconds of a step and the peak of some, weights included."""
+    device = model.device.type
+    peak(device)
+    with ready(model, cond, method, size, lean) as attack:
+        assert attack.gradient is not None
+        state, took = attack.pgd.start(), []
+        for step in range(4):
+            start = paired.synchronized_time()
+            attack.pgd.advance(state, attack.gradient, step, 1)
+            took.append(paired.synchronized_time() - start)
+    return {"seconds": sorted(took[1:])[1], "peak_bytes": peak(device)}
+
+
+def signs(model: LatentDiffusion, cond: Conditioning, size: int) -> Tensor:
+    """Signs of the gradient of AdvDM in the model's present dtype."""
+    with ready(model, cond, "advdm", size, False) as attack:
+        assert attack.gradient is not None
+        return attack.gradient(attack.pgd.origin, 0).sign()
+
+
+def published(name: str, device: str) -> tuple[LatentDiffusion, Conditioning]:
+    """A published model in bf16, with random weights and without text encoders."""
+    shape = real_sizes.REAL_SIZES[name]
+    with torch.device(device):
+        torch.manual_seed(0)
+        pipeline = shape.build()
+    for part in (pipeline.vae, pipeline.unet):
+        part.eval().to(torch.bfloat16)
+    return LatentDiffusion(pipeline), real_sizes.conditioning(shape, device)
+
+
+def protection(setting: Setting) -> dict[str, Any]:
+    """Steps of ACE, SDS and AdvDM: seconds and memory; bf16 against float32; published sizes."""
+    model = setting.model(torch.float32)
+    size, cond = model.default_size, model.conditioner.encode(["a picture"])
+    exact = signs(model, cond, size)
+    model.to(dtype=torch.bfloat16)
+    agreement = float((signs(model, cond, size) == exact).float().mean())
+    rows = {
+        f"{method}{', two passes' if lean else ''}": steps_of(model, cond, method, size, lean)
+        for method in ("texture", "sds+", "advdm", "ace")
+        for lean in (False, True)
+    }
+    result: dict[str, Any] = {"rows": rows, "bf16_sign_agreement": agreement}
+    if agreement < 0.8:
+        raise AssertionError(f"in bf16 only {agreement:.0%} of the gradient's signs are right")
+    if setting.device != "cuda":
+        return result
+    if rows["sds+"]["peak_bytes"] >= rows["advdm"]["peak_bytes"]:
+        raise AssertionError(f"SDS needs as much memory as AdvDM: {rows}")
+    del model
+    result["published"] = {}
+    for name, (method, lean, limit) in LIMITS.items():
+        torch.cuda.empty_cache()
+        found = steps_of(*published(name, "cuda"), method, real_sizes.REAL_SIZES[name].size, lean)
+        result["published"][name] = {"method": method, **found}
+        if found["peak_bytes"] > limit:
+            raise AssertionError(f"{name} {method}: {found['peak_bytes'] / 1e9:.2f} GB")
+    return result
