@@ -151,6 +151,8 @@ class MimicryProtectionPipeline(DiffusionPipeline):  # type: ignore[misc]
         model = LatentDiffusion(self._stock())
         seeds = [image_seed(settings.seed, pixels.numpy().tobytes()) for pixels, _ in pictures]
         steps = max(1, settings.rule().steps) * len(pictures)
+        if settings.row.joint is not None:
+            steps = work_of(settings, len(pictures))
         with self.progress_bar(total=steps) as bar:
             if settings.row.joint is not None:
                 pixels, alphas = zip(*pictures, strict=True)
