@@ -30,7 +30,7 @@ from diffkit.models.cost import (
     parameter_count,
 )
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.models.sparing import SparingActivations
+from diffkit.models.sparing import sparing
 from diffkit.protection.editing import STEPS, photoguard_diffusion
 from diffkit.protection.gradients import HELD_OUT
 from diffkit.protection.methods import Passes
@@ -274,7 +274,7 @@ def _encoder(model: LatentDiffusion, height: int, width: int, lean: bool) -> Gra
     x.requires_grad_()
 
     def encode() -> Tensor:
-        with SparingActivations():
+        with sparing(x):
             return codec.encode_moments(x)
 
     return count_gradient(encode, x, Surrogate(codec).networks())

@@ -9,7 +9,7 @@ one of the encoder. With input transforms each draw sees another picture and nee
 of its own.
 
 Plain: the encoder's graph is kept while c is computed, but for what frozen layers can do without
-(`SparingActivations`). Lean: the encoder runs without a graph, c is computed, and the encoder's
+(`models.sparing`). Lean: the encoder runs without a graph, c is computed, and the encoder's
 pieces are run again one at a time (`Codec.encode_moments_vjp`); the denoiser recomputes its
 activations too. Both are the same gradient.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from diffkit.models.conditioner import Sizes
-from diffkit.models.sparing import SparingActivations
+from diffkit.models.sparing import sparing
 from diffkit.protection.methods import Method
 from diffkit.protection.outline import shrink_outline
 from diffkit.protection.scene import Scene
@@ -242,7 +242,7 @@ class ImageGradient:
             pulled = surrogate.codec.encode_moments_vjp(images, bounded)
         else:
             leaf = images.requires_grad_()
-            with torch.enable_grad(), SparingActivations():
+            with torch.enable_grad(), sparing(images):
                 moments = surrogate.codec.encode_moments(leaf)
             (pulled,) = torch.autograd.grad(moments, leaf, bounded(moments.detach()))
         return pulled * sizes[0]

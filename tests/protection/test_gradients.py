@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffkit.models.cost import saved_for_backward
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.budget import as_signed
 from diffkit.protection.gradients import ImageGradient
@@ -350,6 +351,24 @@ def test_models_in_half_precision_move_pictures_in_float32(
         assert found.isfinite().all()
         signs.append(found.sign())
     assert (signs[0] == signs[1]).float().mean() > 0.85
+
+
+def test_large_views_keep_less_and_have_the_same_gradient(tiny_model: Loader) -> None:
+    model = tiny_model("latent")
+    found, kept = [], []
+    for side in (120, 128):
+        plan = plan_views(side, side, side, model.working_multiple, views=1)
+        pixels = random_pixels(1, side, side)
+        x = slightly_moved(pixels)
+        for lean in (False, True):
+            with gradient(model, Settings("texture"), pixels, plan=plan, lean=lean) as g:
+                g(x, 0)
+                with saved_for_backward(g.surrogates[0].networks()) as saved:
+                    found.append(g(x, 0))
+            kept.append(saved.elements / side**2)
+    assert same(found[1], found[0])
+    assert same(found[3], found[2])
+    assert kept[2] < 0.7 * kept[0]
 
 
 def test_clean_moments_are_encoded_once(tiny_model: Loader) -> None:
