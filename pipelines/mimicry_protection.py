@@ -26,6 +26,7 @@ from diffkit.protection.in_memory import OUTPUTS, listed, mask_plane, picture_pl
 from diffkit.protection.inputs import image_seed
 from diffkit.protection.joint import protect_set
 from diffkit.protection.protect import ProtectionResult, protect
+from diffkit.protection.rounds import work_of
 from diffkit.protection.settings import STRENGTHS, Settings
 
 __all__ = ["MimicryProtectionOutput", "MimicryProtectionPipeline"]
