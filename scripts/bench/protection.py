@@ -4,9 +4,10 @@
 
 First the operations of a step are counted on Stable Diffusion 1.5, XL and 3 in their true sizes.
 Then AdvDM and SDS are timed against the plain attack (`plain_attack.py`) on one model, turn by turn
-in one run: the ratio of times stands beside the ratio of counted operations. What autograd saves is
-measured in the same steps, peak memory in a process of each arm's own. Last, the two-pass steps of
---low-vram stand beside the others.
+in one run: the ratio of times stands beside the ratio of counted operations. What autograd saves
+until the backward pass is counted, peak memory measured in a process of each arm's own (the plain
+one's has the gradients of its weights in it). The two-pass steps of --low-vram stand beside the
+others.
 
 Weights are random: speed does not depend on the values. The default model is Stable Diffusion of
 half the channels at 192 pixels, where a CPU spends its time on arithmetic. Prints one line a result
@@ -33,7 +34,6 @@ from plain_attack import PlainAttack
 from torch import Tensor
 
 from diffkit.models.conditioner import Conditioning
-from diffkit.models.cost import Saved, saved_for_backward
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.budget import as_signed
 from diffkit.protection.protect import Attack, plan_for, prepared
@@ -79,12 +79,6 @@ class Arm:
     step: Callable[[], object]
     networks: Sequence[torch.nn.Module]
 
-    def saved(self) -> Saved:
-        """What autograd keeps in one step."""
-        with saved_for_backward(self.networks) as saved:
-            self.step()
-        return saved
-
 
 @contextlib.contextmanager
 def our_arm(setting: Setting, name: str, lean: bool = False) -> Iterator[Arm]:
@@ -118,8 +112,9 @@ def plain_arm(setting: Setting) -> Arm:
     return Arm(attack.step, attack.networks)
 
 
-def predicted(setting: Setting) -> dict[str, float]:
-    """Operations of the plain step over those of ours, attention's products included."""
+def counted(setting: Setting) -> dict[str, dict[str, float]]:
+    """Of every arm: the operations of the plain step over its own, attention's products included,
+    and the float32 bytes that one picture's forward pass saves."""
     shape = synthetic.SHAPES[setting.shape]
     with torch.device("meta"):
         pipeline = synthetic.build(shape)
@@ -132,27 +127,29 @@ def predicted(setting: Setting) -> dict[str, float]:
     )
     theirs = protection_cost.plain(pipeline, setting.size, tokens)
     key = "tflop_with_attention"
-    return {name: theirs[key] / row[key] for name, row in mine.items()}
+    return {
+        name: {"predicted": theirs[key] / row[key], "saved_bytes": 2e9 * row["saved_gb"]}
+        for name, row in (mine | {PLAIN: theirs}).items()
+    }
 
 
-def speed(setting: Setting) -> tuple[list[paired.Ratio], dict[str, Any]]:
-    """Every arm against the plain one, and what each saves for its backward pass."""
-    ratios, rows = [], {}
-    expected = predicted(setting)
+def speed(setting: Setting) -> tuple[list[paired.Ratio], dict[str, dict[str, float]]]:
+    """Every arm against the plain one, and what counting says of each."""
+    ratios = []
+    rows = counted(setting)
     baseline = plain_arm(setting)
-    rows[PLAIN] = {"saved_bytes": baseline.saved().bytes}
-    for name in expected:
+    for name, row in rows.items():
+        row["saved_share"] = row["saved_bytes"] / rows[PLAIN]["saved_bytes"]
+        if name == PLAIN:
+            continue
         kind, _, lean = name.partition(", ")
         with our_arm(setting, kind, bool(lean)) as arm:
-            row: dict[str, Any] = {"saved_bytes": arm.saved().bytes}
             found = paired.measure(
                 arm.step, baseline.step, names=(name, PLAIN), pairs=setting.pairs, warmup=1
             )
         ratios.append(found)
-        row["ratio"], row["predicted"] = found.median, expected[name]
-        row["reached"] = found.median / expected[name]
-        row["saved_share"] = row["saved_bytes"] / rows[PLAIN]["saved_bytes"]
-        rows[name] = row
+        row["ratio"] = found.median
+        row["reached"] = found.median / row["predicted"]
     return ratios, rows
 
 
@@ -212,13 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
     options = parser.parse_args(words)
     setting = Setting(options.model, options.batch, options.pairs, options.device)
-    counted = protection_cost.table(options.sizes)
-    print(protection_cost.words(counted), flush=True)
+    table = protection_cost.table(options.sizes)
+    print(protection_cost.words(table), flush=True)
     ratios, rows = speed(setting)
     peaks = memory(setting, list(rows))
     print(report(rows, peaks))
     result = {"shape": setting.shape, "batch": setting.batch, "pairs": setting.pairs}
-    result |= {"counted": counted, "steps": rows, "peak_bytes": peaks}
+    result |= {"counted": table, "steps": rows, "peak_bytes": peaks}
     paired.save(options.output / "protection.json", result, ratios)
     return 0
 

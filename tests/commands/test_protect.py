@@ -19,6 +19,8 @@ from PIL import Image
 from diffkit.cli import main
 from diffkit.commands.protect import ProtectConfig
 from diffkit.commands.protect import _settings as settings_of
+from diffkit.commands.protect import _t_range as range_of
+from diffkit.errors import UserError
 from diffkit.protection.image_file import open_picture
 from diffkit.protection.sidecar import read_sidecar, sidecar_path
 from tests.protection.gallery import encoded, exif_block, make_gallery, noise
@@ -245,7 +247,7 @@ def test_strengths(protect: Protect, photos: Path, tmp_path: Path, name: str, le
 
 
 def test_the_edit_attack_keeps_its_own_budget() -> None:
-    """A default of "medium" for all methods once halved the 16 levels of PhotoGuard's strong one."""
+    """A default of "medium" for all methods halved the 16 levels of PhotoGuard's strong one."""
     config = ProtectConfig((Path("a.png"),), method="photoguard-diffusion")
     assert settings_of(config, "cpu").rule().levels == 16
     assert settings_of(replace(config, method="auto"), "cpu").rule().levels == 8
@@ -334,3 +336,12 @@ def test_interrupted_leaves_whole_files(
     # The marker of a picture that was finished in that very moment may stay for ten minutes.
     markers = {name for name in first if name.endswith(".diffkit-part")}
     assert contents(tmp_path / "out") == {n: first[n] for n in first.keys() - markers}
+
+
+def test_a_range_of_times_by_numbers_or_by_its_word() -> None:
+    assert range_of(None) is None
+    assert range_of("high") == (0.6, 1.0)
+    assert range_of("0.2-0.5") == (0.2, 0.5)
+    for text in ("low", "0.5", "a-b"):
+        with pytest.raises(UserError, match="LO-HI"):
+            range_of(text)
