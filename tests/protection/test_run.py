@@ -58,7 +58,8 @@ def test_two_processes_give_the_bytes_of_one(
         output = tmp_path / f"out {count}"
         flags = ["--output", output, "--model", tiny_sd, "--steps", "2", "--device", "cpu", *words]
         codes, said = launch(count, ["-m", "diffkit.cli", "protect", *roots, *flags])
-        assert codes == [1] * count, said  # one picture of the gallery is cut off
+        assert codes == [1] * count, said  # one picture of each gallery is cut off
+        assert "16 pictures protected" in said, said
         files = [path for path in output.rglob("*") if path.is_file()]
         found.append({str(path.relative_to(output)): path.read_bytes() for path in files})
     assert len(found[0]) == 2 * 2 * 8
