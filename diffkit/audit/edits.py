@@ -109,7 +109,12 @@ class SdeditThreat:
         return {"strength": edit.strength, "steps": edit.steps, "guidance": edit.guidance}
 
     def refusal(self, model: LatentDiffusion) -> str | None:
-        """Guidance needs a model that has it."""
+        """The denoiser must take latents and nothing else; guidance needs a model that has it."""
+        if model.denoiser.geometry.channels != model.codec.channels:
+            return (
+                "its denoiser takes a mask or a further picture beside the latents, as inpainting "
+                "models do, and SDEdit has none; use --threats inpaint with --mask"
+            )
         if self.edit.guidance != 1 and "cfg" not in model.family.capabilities:
             return f"{model.family.name} models have no classifier-free guidance"
         return None

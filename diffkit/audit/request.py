@@ -9,6 +9,7 @@ from typing import Any
 
 from diffkit.audit.mimicry_settings import MimicrySettings
 from diffkit.audit.purifiers.registry import DEFAULT_PURIFIERS
+from diffkit.audit.sdedit import noise_seeds
 from diffkit.audit.threats import Threats
 from diffkit.errors import UserError
 
@@ -84,7 +85,7 @@ class AuditRequest:
                 f"--seeds {count}: one picture needs {FEWEST_SEEDS} at least, or its interval says "
                 "nothing."
             )
-        return tuple(range(self.seed, self.seed + count))
+        return noise_seeds(self.seed, count)
 
 
 def purifier_list(text: str) -> str | None:

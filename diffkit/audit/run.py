@@ -171,6 +171,9 @@ class _Work:
         } - {None}
         found = ModelAudit(name, name in attacked if attacked else None)
         jobs = list(self._jobs(found))
+        if not jobs and not self.request.threats.mimicry:
+            reasons = "; ".join(f"{key}: {why}" for key, why in found.skipped.items())
+            raise UserError(f"{name}: can do nothing of --threats. {reasons}.")
         cells: dict[int, list[Cell]] = {}
         work = [(n, i) for n in range(len(jobs)) for i in range(len(self.audit.pictures))]
         for number, i in progress(work, f"editing with {name}"):

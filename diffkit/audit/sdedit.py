@@ -21,7 +21,7 @@ from diffkit.models.conditioner import Sizes
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.surrogate import Surrogate
 
-__all__ = ["Edit", "Editor", "edit_noise"]
+__all__ = ["Edit", "Editor", "edit_noise", "noise_seeds"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ class Edit:
         more = "" if self.steps == 100 else f", {self.steps} steps"
         more += "" if self.guidance == 1 else f", guidance {self.guidance:g}"
         return f"strength {self.strength:g}{more}"
+
+
+def noise_seeds(seed: int, count: int) -> tuple[int, ...]:
+    """The seeds of so many noises, each an address of (seed, i): two runs share none of them."""
+    from diffkit.randomness import address
+
+    return tuple(address(seed, i, "audit", "noise") for i in range(count))
 
 
 def edit_noise(shape: Sequence[int], picture: str, seed: int) -> Tensor:

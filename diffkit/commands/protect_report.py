@@ -16,8 +16,9 @@ from diffkit.audit.purifiers.base import Models
 from diffkit.audit.purifiers.latent import through_views
 from diffkit.audit.purifiers.plain import to_pillow
 from diffkit.audit.purifiers.registry import parse_purifiers
-from diffkit.audit.sdedit import Edit, Editor
+from diffkit.audit.sdedit import Edit, Editor, noise_seeds
 from diffkit.audit.subjects import Subject, on_white
+from diffkit.errors import UserError
 from diffkit.files import atomic_write
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.perceptual.delta import amplified_difference
@@ -28,7 +29,8 @@ from diffkit.protection.worker import Extra, Finished
 __all__ = ["SEEDS", "STRENGTH", "effect_of", "preview_of"]
 
 STRENGTH = 0.3
-SEEDS = tuple(range(8))
+SEEDS = 8
+"""Noises a picture."""
 
 _GAP = 4  # white pixels between two panels
 
@@ -49,8 +51,11 @@ def effect_of(model: LatentDiffusion, request: Request, purify: str | None) -> E
         leave of it.
 
     Raises:
-        UserError: an unknown purifier, or one whose model cannot be had.
+        UserError: a model that SDEdit cannot run, an unknown purifier, or one whose model cannot be
+            had.
     """
+    _check(model, "report")
+    seeds = noise_seeds(request.settings.seed, SEEDS)
     prompt = request.settings.shown_prompt or DEFAULT_PROMPT
     models = Models(model, prompt=prompt, device=model.device, dtype=model.dtype)
     purifiers = [] if purify is None else parse_purifiers(purify, models)
@@ -66,11 +71,11 @@ def effect_of(model: LatentDiffusion, request: Request, purify: str | None) -> E
             PROTECTED: _seen(done, done.encoded.pixels),
             CONTROL: _seen(done, done.control),
         }
-        plain = measure(threat, subject, versions, SEEDS, prompt).values()
+        plain = measure(threat, subject, versions, seeds, prompt).values()
         entries: dict[str, Any] = {
             "threat": f"SDEdit, {threat.setting}",
             "prompt": prompt,
-            "seeds": len(SEEDS),
+            "seeds": SEEDS,
             "numbers": {name: effect_summary(values) for name, values in plain.items()},
             "not_measured": dict(measure.ruler.skipped),
         }
@@ -78,7 +83,7 @@ def effect_of(model: LatentDiffusion, request: Request, purify: str | None) -> E
             return {"effect": {"sdedit": entries}}
         left: dict[str, Any] = {}
         for purifier in purifiers:
-            behind = measure.purified(threat, subject, versions, SEEDS, prompt, purifier).values()
+            behind = measure.purified(threat, subject, versions, seeds, prompt, purifier).values()
             left[purifier.name] = {
                 name: retention_summary(behind[name], plain[name])
                 for name in plain
@@ -94,14 +99,18 @@ def preview_of(model: LatentDiffusion, request: Request) -> Extra:
 
     From left to right: before, after, the difference (128 + 8 delta), and an edit of both, SDEdit
     of strength 0.3 from the same noise. All panels have the picture's own size.
+
+    Raises `UserError` for a model that SDEdit cannot run.
     """
+    _check(model, "preview")
+    seed = noise_seeds(request.settings.seed, 1)[0]
     editor = Editor(model, request.settings.shown_prompt or DEFAULT_PROMPT)
 
     def extra(done: Finished) -> Mapping[str, Any]:
         subject = Subject(_seen(done, done.picture.pixels), model)
         after = _seen(done, done.encoded.pixels)
         panels = [subject.pixels, after, amplified_difference(subject.pixels, after)]
-        panels += [_edited(editor, subject, pixels) for pixels in (subject.pixels, after)]
+        panels += [_edited(editor, subject, pixels, seed) for pixels in (subject.pixels, after)]
         path = _preview_path(done.item.output, request.output)
         with atomic_write(path) as file:
             _side_by_side(panels).save(file, "PNG")
@@ -114,12 +123,21 @@ def _seen(done: Finished, pixels: Tensor) -> Tensor:
     return on_white(pixels.cpu(), done.picture.alpha)
 
 
-def _edited(editor: Editor, subject: Subject, pixels: Tensor) -> Tensor:
+def _check(model: LatentDiffusion, flag: str) -> None:
+    if reason := SdeditThreat(Edit(STRENGTH)).refusal(model):
+        raise UserError(
+            f"--{flag}: edits by SDEdit, which this model cannot: {reason.partition(';')[0]}. "
+            f"Leave --{flag} out, and measure the results with diffkit audit --threats inpaint "
+            "--mask MASK."
+        )
+
+
+def _edited(editor: Editor, subject: Subject, pixels: Tensor, seed: int) -> Tensor:
     """The edit of a version at the picture's own size, uint8 (3, H, W)."""
     height, width = pixels.shape[-2:]
 
     def make(images: Tensor, view: View) -> Tensor:
-        noise = subject.noise(view, images, 0)[None]
+        noise = subject.noise(view, images, seed)[None]
         return editor(images, noise, Edit(STRENGTH), [view.sizes(height, width)])
 
     return through_views(pixels, subject.views, make)

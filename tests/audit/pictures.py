@@ -74,6 +74,22 @@ def two_folders(root: Path, count: int = 2, same: bool = False) -> tuple[Path, P
     return clean, result
 
 
+def build_inpainting(folder: Path) -> Path:
+    """A tiny Stable Diffusion whose U-Net takes a mask and the masked picture: 9 channels."""
+    import torch
+    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+
+    from tests import tiny
+
+    parts = StableDiffusionPipeline.from_pretrained(tiny.build_sd(folder / "plain")).components
+    parts.pop("image_encoder")
+    torch.manual_seed(0)
+    parts["unet"] = tiny._unet(in_channels=9)
+    pipeline = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipeline.save_pretrained(folder / "inpaint")
+    return folder / "inpaint"
+
+
 def open_rgb(path: Path) -> Image.Image:
     """A picture file."""
     with Image.open(path) as image:

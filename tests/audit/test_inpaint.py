@@ -8,29 +8,21 @@ import pytest
 import torch
 
 from diffkit.audit.distances import Ruler
-from diffkit.audit.edits import InpaintThreat, Measurer
+from diffkit.audit.edits import InpaintThreat, Measurer, SdeditThreat
 from diffkit.audit.inpaint import Inpainter, Region, inpaint_versions
 from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
+from diffkit.audit.purifiers.base import Models
+from diffkit.audit.purifiers.registry import parse_purifiers
+from diffkit.audit.sdedit import Edit
 from diffkit.audit.subjects import Subject
 from diffkit.errors import UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
-from tests import tiny
-from tests.audit.pictures import pixels, protected
+from tests.audit.pictures import build_inpainting, pixels, protected
 
 
 @pytest.fixture(scope="module")
 def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Stable Diffusion whose U-Net takes a mask and the masked picture: 9 channels."""
-    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
-
-    folder = tmp_path_factory.mktemp("inpainting")
-    parts = StableDiffusionPipeline.from_pretrained(tiny.build_sd(folder / "plain")).components
-    parts.pop("image_encoder")
-    torch.manual_seed(0)
-    parts["unet"] = tiny._unet(in_channels=9)
-    pipeline = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    pipeline.save_pretrained(folder / "inpaint")
-    return folder / "inpaint"
+    return build_inpainting(tmp_path_factory.mktemp("inpainting"))
 
 
 def mask(height: int = 64, width: int = 64) -> torch.Tensor:
@@ -116,3 +108,15 @@ def test_a_mask_that_vanishes_is_refused(tiny_sd: Path) -> None:
         inpaint_versions(
             Inpainter(model, "a"), subject, torch.zeros(1, 32, 32), {CLEAN: pixels()}, (0,), 2, 1.0
         )
+
+
+def test_sdedit_and_inpainting_models_do_not_go_together(inpainting: Path, tiny_sd: Path) -> None:
+    """It crashed at the first convolution: an inpainting denoiser takes 2C + 1 channels."""
+    model = LatentDiffusion.load(inpainting)
+    for threat in (SdeditThreat(Edit(0.3)), SdeditThreat(Edit(0.3, 50, 7.5))):
+        reason = threat.refusal(model)
+        assert reason is not None and reason.endswith("use --threats inpaint with --mask")
+        assert threat.refusal(LatentDiffusion.load(tiny_sd)) is None
+    assert InpaintThreat().refusal(model) is None
+    with pytest.raises(UserError, match="--purify sdedit: this model's denoiser takes a mask"):
+        parse_purifiers("sdedit0.2", Models(model))[0].prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from diffkit.protection.job import Item, Request, plan_job
 from diffkit.protection.pgd import random_noise
 from diffkit.protection.settings import Settings
 from diffkit.protection.worker import Finished
-from tests.audit.pictures import pixels, protected, save
+from tests.audit.pictures import build_inpainting, pixels, protected, save
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_the_effect_of_a_picture_on_itself_is_exactly_nothing(
     found: Any = effect_of(model, request, None)(done)
     assert found.keys() == {"effect"}
     entry = found["effect"]["sdedit"]
-    assert entry["prompt"] == "a b" and entry["seeds"] == len(SEEDS) == 8
+    assert entry["prompt"] == "a b" and entry["seeds"] == SEEDS == 8
     assert "lpips" in entry["not_measured"]
     for name, row in entry["numbers"].items():
         if name != "psnr":
@@ -105,3 +106,24 @@ def test_edits_of_equal_pictures_are_equal_in_a_preview(
     strip = np.array(Image.open(tmp_path / "out" / "previews" / "x.png"))
     assert np.array_equal(strip[:, 108:140], strip[:, 144:176])
     assert (strip[:, 72:104] == 128).all()
+
+
+def test_a_model_that_only_inpaints_is_refused_before_the_attack(tmp_path: Path) -> None:
+    """protect --method diffusionguard --report crashed behind the attack of the first picture."""
+    request, _ = finished(tmp_path)
+    model = LatentDiffusion.load(build_inpainting(tmp_path / "model"))
+    with pytest.raises(UserError, match="--report: edits by SDEdit, which this model cannot") as e:
+        effect_of(model, request, None)
+    assert "diffkit audit --threats inpaint --mask" in str(e.value)
+    with pytest.raises(UserError, match="--preview: edits by SDEdit"):
+        preview_of(model, request)
+
+
+@pytest.mark.slow
+def test_reports_of_other_seeds_share_no_noise(tmp_path: Path, model: LatentDiffusion) -> None:
+    """Every report used the noises 0 to 7, whatever --seed said."""
+    request, done = finished(tmp_path)
+    other = dataclasses.replace(request, settings=dataclasses.replace(request.settings, seed=1))
+    rows: Any = [effect_of(model, asked, None)(done) for asked in (request, request, other)]
+    found = [row["effect"]["sdedit"]["numbers"]["latent_l2"]["effect"]["random"] for row in rows]
+    assert found[0] == found[1] != found[2]

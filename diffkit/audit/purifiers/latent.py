@@ -80,6 +80,11 @@ def _autoencoder(amount: float, models: Models, source: str | None) -> Work:
 def _sdedit(strength: float, models: Models, source: str | None) -> Work:
     """Noised to `strength`, then denoised without guidance: DDIM, or Euler on a flow."""
     model = models.of(source)
+    if model.denoiser.geometry.channels != model.codec.channels:
+        raise UserError(
+            "--purify sdedit: this model's denoiser takes a mask or a further picture beside the "
+            "latents, as inpainting models do; leave it out, or write sdedit:MODEL with another."
+        )
     editor = Editor(model, _prompt(model, models, source))
     edit = Edit(strength, SDEDIT_STEPS)
 
