@@ -62,6 +62,9 @@ class Sidecar:
         max_delta, mean_delta: of |change| in levels.
         skipped_steps: steps left out because a gradient was not finite.
         loss_first, loss_last: the method's own loss.
+        ensemble: further models whose autoencoders were attacked.
+        contrast: whether local contrast shared out the budget.
+        mask_sha256: of the mask's file bytes; None without a mask.
         effect: "random_control": PSNR and LPIPS of random noise of equal budget;
             "encoder_amplification_over_random"; effects on edits with intervals, if measured.
         purification: retention by purifier, or "not measured".
@@ -91,6 +94,9 @@ class Sidecar:
     loss_first: float | None = None
     loss_last: float | None = None
     surrogate_change: Sequence[float] | None = None
+    ensemble: Sequence[str] = ()
+    contrast: bool = False
+    mask_sha256: str | None = None
     effect: Mapping[str, Any] | None = None
     purification: Mapping[str, Any] | str = NOT_MEASURED
     notices: tuple[str, ...] = ()
