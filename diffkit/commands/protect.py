@@ -13,7 +13,7 @@ from diffkit.console import say, set_quiet
 from diffkit.errors import UserError
 
 if TYPE_CHECKING:
-    from diffkit.protection.job import Request
+    from diffkit.protection.job import Job, Request
     from diffkit.protection.run import Outcome
     from diffkit.protection.settings import Settings
 
@@ -218,11 +218,15 @@ def main(config: ProtectConfig) -> int:
         return _dry_run(config, request, dtype, device, processes.rank)
     model, ensemble, identity = _models(config, request, dtype, device)
     job = plan_job(request, identity)
+    if config.preview:
+        _check_previews(job, request)
     if model is not None and job.pending:
         from diffkit.commands.protect_estimate import Models, estimate_job
 
         estimate = estimate_job(job, request, Models([model, *ensemble]), device, dtype)
         say(estimate.words)
+        if config.report or config.preview:
+            say("Edits for --report and --preview come on top, and may take longer than the rest.")
         request = estimate.fitted(request)
     extras, perceptual = _measures(config, request, model)
     outcome = run_job(
@@ -240,6 +244,16 @@ def main(config: ProtectConfig) -> int:
         if config.json:
             print(json.dumps(_as_json(outcome, request, config.model)))
     return 1 if _bad(outcome) else 0
+
+
+def _check_previews(job: Job, request: Request) -> None:
+    """Refuse a folder "previews" among the results, whose pictures previews would replace."""
+    for item in job.items:
+        if item.output.relative_to(request.output).parts[0].lower() == "previews":
+            raise UserError(
+                f"--preview: writes into {request.output / 'previews'}, where the result of "
+                f"{item.source.path} goes. Rename that folder or protect it by itself."
+            )
 
 
 def _dry_run(config: ProtectConfig, request: Request, dtype: Any, device: str, rank: int) -> int:

@@ -178,6 +178,16 @@ def test_json_is_all_of_stdout(
     assert any("impossible" in line for line in found["notices"])
 
 
+def test_previews_replace_no_result(
+    protect: Protect, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder "previews" among the pictures: the preview of a.png would be previews/a.png."""
+    (photos / "previews").mkdir()
+    (photos / "a.png").rename(photos / "previews" / "a.png")
+    assert protect(photos, "--preview") == 2
+    assert "--preview: writes into" in capsys.readouterr().err
+
+
 def test_what_is_no_picture_fails_nothing(
     protect: Protect, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
