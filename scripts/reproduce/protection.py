@@ -40,6 +40,7 @@ def clean_version(cell: Cell, model: LatentDiffusion, network: FeatureNetwork) -
     """The clean pictures' edits, shared by all cells of a seed."""
     own = ("method", "levels", "arm")
     made_of = {key: value for key, value in cell.settings.items() if key not in own}
+    made_of["scoring"] = dict(cell.scoring)
     path = cell.work.parent / f"clean-{cell.seed}-{digest(made_of)[:8]}.safetensors"
     with claim(path, wait=True):
         if not path.exists():

@@ -1,8 +1,6 @@
-"""What was expected of the protection experiment, beside what was measured, and the reasons."""
+"""What was expected of the protection experiment, beside what was measured."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 
 from runner.experiment import Results
 from runner.intervals import paired_difference
@@ -12,7 +10,7 @@ from diffkit.audit.intervals import ratio
 from protection_parts import plan
 from protection_parts.tables import effects, retention, table
 
-__all__ = ["cause_table", "claims"]
+__all__ = ["claims"]
 
 ENCODER = ("photoguard", "texture", "mist", "sdst-", "ace+")
 """Methods that pull the encoding to a target, alone or beside another term."""
@@ -112,57 +110,31 @@ def _mimicry_claims(results: Results, levels: int) -> list[list[str]]:
                 _word(gap.low > 0),
             ]
         )
-        half = _halved(results, method, levels)
-        if half is not None:
-            rows.append(
-                [
-                    f"with half of the pictures protected by {method} the gap to clean ones "
-                    "shrinks by more than half",
-                    f"to {half:.0%} of it, {len(seeds)} seeds",
-                    _word(half < 0.5),
-                ]
-            )
+        rows += _half_protected(results, method, levels)
     return rows
 
 
-def _halved(results: Results, method: str, levels: int) -> float | None:
-    """Gap of the half protected set, as a share of that of the whole one; style distance."""
+def _half_protected(results: Results, method: str, levels: int) -> list[list[str]]:
+    """h - c < (w - c) / 2 of the style distances of half, whole and no protection."""
     arms = [plan.mimic_arm(method, levels, share) for share in (0.5, 1.0)]
     seeds = results.seeds("lora-clean", *arms)
-    if not seeds:
-        return None
+    if len(seeds) < 2:
+        return []
     clean, half, whole = (
-        sum(results.column(arm, "kernel_style", seeds)) for arm in ("lora-clean", *arms)
+        results.column(arm, "kernel_style", seeds) for arm in ("lora-clean", *arms)
     )
-    return float((half - clean) / (whole - clean))
+    halfway = [(w + c) / 2 for w, c in zip(whole, clean, strict=True)]
+    gap, beyond = paired_difference(whole, clean), paired_difference(half, halfway)
+    share = (sum(half) - sum(clean)) / (sum(whole) - sum(clean))
+    return [
+        [
+            f"with half of the pictures protected by {method} the gap to clean ones shrinks by "
+            "more than half",
+            f"to {share:.0%} of it; half way is passed by {interval_text(beyond, '.3f')}",
+            _word(beyond.high < 0) if gap.low > 0 else "n/a, no clear gap",
+        ]
+    ]
 
 
 def _word(holds: bool) -> str:
     return "yes" if holds else "no"
-
-
-def cause_table(results: Results) -> list[str]:
-    """Markdown: what ever stronger purifiers leave, in latents and in edits."""
-    found = {
-        method: results.values[plan.cause_arm(method), 0]
-        for method in plan.CAUSE_METHODS
-        if (plan.cause_arm(method), 0) in results.values
-    }
-    if not found:
-        return []
-    names: Sequence[str] = ("low half", "high half", *plan.CAUSE["purifiers"])
-    words = {"low half": "the change's low half alone", "high half": "its high half alone"}
-    rows = [
-        [words.get(name, name), *(_left(values[name]) for values in found.values())]
-        for name in names
-    ]
-    return table(["size, and part along the attack", *found], rows)
-
-
-def _left(shares: Mapping[str, float]) -> str:
-    parts = [
-        f"{name} {shares[name]:.0%}, {shares[f'{name} along']:.0%}" for name in ("latents", "edits")
-    ]
-    if "energy" in shares:
-        parts.append(f"energy {shares['energy']:.0%}")
-    return "; ".join(parts)

@@ -9,7 +9,8 @@ from runner.report import interval_text
 
 from diffkit.audit.intervals import Interval, is_clear, mean, ratio
 from protection_parts import plan
-from protection_parts.claims import cause_table, claims
+from protection_parts.cause_report import cause_lines
+from protection_parts.claims import claims
 from protection_parts.tables import array, effects, retention, table
 
 __all__ = ["text"]
@@ -21,7 +22,7 @@ def edit_table(results: Results, levels: int) -> list[str]:
     for method in (*plan.METHODS, plan.LATENT):
         if (row := edit_row(results, method, levels)) is not None:
             rows.append(row)
-    head = ["method", "encoder, x random"]
+    head = ["method", "seeds", "encoder, x random"]
     head += [f"edit {s:g}" + (", x random" if i == 0 else "") for i, s in enumerate(plan.STRENGTHS)]
     head += ["1 - SSIM of edit 0.3, x random", "L_S, unseen draws", "distance to ACE's pattern"]
     return table(head, rows)
@@ -34,7 +35,8 @@ def edit_row(results: Results, method: str, levels: int) -> list[str] | None:
     if pair is None:
         return None
     name = "latents moved as far" if method == plan.LATENT else method
-    row = [name]
+    seeds = results.seeds(plan.edit_arm(method, levels))
+    row = [name, f"{len(seeds)}"]
     if method == plan.LATENT:
         row.append("")
     else:
@@ -51,7 +53,6 @@ def edit_row(results: Results, method: str, levels: int) -> list[str] | None:
     both = effects(results, method, levels, "ssim", shown)
     assert both is not None
     row.append(ratio(*both).text(".2f"))
-    seeds = results.seeds(plan.edit_arm(method, levels))
     for key in ("loss", "pull"):
         change = array(results, plan.edit_arm(method, levels), seeds, key)
         row.append(signed(mean(change)))
@@ -83,19 +84,6 @@ def interval_percent(interval: Interval) -> str:
     """`54% [50%, 58%]`."""
     return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
-
-CAUSES = (
-    "**Why purification leaves so much here.** What ever stronger purifiers leave of the "
-    "difference between a protected picture and its clean twin (8 levels, one seed): its size, and "
-    "the part of it that still points where the attack pointed; of latents, and of edits of "
-    "strength 0.3. SDEdit leaves less than a third of the latents' change in the attack's "
-    "direction. But the edit that follows noises more than the purifier did and removes most of "
-    "that anyway, so that after it the ratio is larger, and no smaller than that of random noise. "
-    "JPEG leaves the attack's direction nearly whole down to quality 50: most of the change lies "
-    "below half of Nyquist, and that half alone does about four fifths of the effect. Coarser JPEG "
-    "removes the direction and not the size: its rounding scatters pictures that hardly differ, "
-    "which random noise shows best."
-)
 
 MIMICRY = (
     ("kernel_style", ".3f"),
@@ -144,8 +132,8 @@ def text(results: Results) -> str:
     """What was done, the tables, and how to read them."""
     lines = [
         "The embedded model attacks, edits and imitates sixteen OpenMoji drawings (CC BY-SA 4.0, "
-        "fetched when this runs), a style that it never saw; 50 steps of every method, three "
-        "seeds. It says nothing about photographs or large models.",
+        "fetched when this runs), a style that it never saw; 50 steps of every method. It "
+        "says nothing about photographs or large models.",
     ]
     for levels in reversed(plan.BUDGETS):
         lines += [
@@ -175,6 +163,5 @@ def text(results: Results) -> str:
         "",
         *claims(results, plan.MIMICRY_BUDGET),
     ]
-    if causes := cause_table(results):
-        lines += ["", CAUSES, "", *causes]
+    lines += cause_lines(results)
     return "\n".join(lines)
