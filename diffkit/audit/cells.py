@@ -1,5 +1,6 @@
 """What was measured so far: one small file a (model, threat, picture, purifier).
 
+OUTPUT/changes/DIGEST.json     what the change of a picture looks like
 OUTPUT/cells/DIGEST.json       the values, and what they were made from
 OUTPUT/pictures/DIGEST/*.png   the first edit of each version, for the pictures that the page shows
 
@@ -9,8 +10,9 @@ audit that was killed goes on, and one with another setting measures only what i
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,12 @@ from torch import Tensor
 from diffkit.audit.effects import Measured
 from diffkit.audit.purifiers.plain import to_pillow
 from diffkit.errors import UserError
-from diffkit.files import atomic_write, read_json, write_json
+from diffkit.files import atomic_write, read_json, sha256, write_json
 from diffkit.protection.sidecar import parameter_digest
 
-__all__ = ["CELLS", "MIMICRY", "PICTURES", "Cell", "CellStore"]
+__all__ = ["CELLS", "CHANGES", "MIMICRY", "PICTURES", "Cell", "CellStore", "content_digest"]
 
-CELLS, PICTURES, MIMICRY = "cells", "pictures", "mimicry"
+CELLS, CHANGES, PICTURES, MIMICRY = "cells", "changes", "pictures", "mimicry"
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,16 @@ class CellStore:
         }
         write_json(path, {"made_of": made_of, "measured": rows, "cost": _plain(cost)})
 
+    def change(self, made_of: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        """The JSON value that `measure` gives, measured once."""
+        path = self.output / CHANGES / f"{parameter_digest(made_of)[:24]}.json"
+        if not path.is_file():
+            write_json(path, measure())
+        return read_json(path)
+
     def forget(self) -> None:
         """Remove everything that was measured or trained."""
-        for name in (CELLS, PICTURES, MIMICRY):
+        for name in (CELLS, CHANGES, PICTURES, MIMICRY):
             shutil.rmtree(self.output / name, ignore_errors=True)
 
     def _picture(self, path: Path, version: str) -> str:
@@ -103,7 +112,7 @@ class CellStore:
 
 def check_output(output: Path) -> None:
     """Raise `UserError` where the output folder holds something that is no audit."""
-    known = {CELLS, PICTURES, MIMICRY, "audit.json", "audit.html"}
+    known = {CELLS, CHANGES, PICTURES, MIMICRY, "audit.json", "audit.html"}
     if not output.is_dir():
         return
     strange = sorted(p.name for p in output.iterdir() if not p.name.startswith("."))
@@ -112,6 +121,16 @@ def check_output(output: Path) -> None:
         raise UserError(
             f"--output {output}: holds {foreign[0]}, which is not of an audit; give another folder."
         )
+
+
+def content_digest(place: Path) -> str:
+    """Digest of a file, or of all files of a folder and their names, wherever it lies."""
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        name = "" if path == place else path.relative_to(place).as_posix()
+        digest.update(f"{name}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _plain(values: Mapping[str, Tensor]) -> dict[str, list[float]]:

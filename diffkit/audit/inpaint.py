@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffkit.audit.subjects import Subject, Version, in_pieces, per_seed
-from diffkit.errors import UserError
+from diffkit.errors import RunFailed
 from diffkit.evaluation.pictures import to_uint8
 from diffkit.models.conditioner import Sizes
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -156,14 +156,14 @@ def inpaint_versions(
         the number of the view.
 
     Raises:
-        UserError: the region vanishes at the model's resolution.
+        RunFailed: the region vanishes at the model's resolution.
     """
     height, width = subject.pixels.shape[-2:]
     multiple = subject.model.size_multiple
     seen = {i: Region.of(view.mask(mask[None]), multiple) for i, view in enumerate(subject.views)}
     touched = {i: region for i, region in seen.items() if region is not None}
     if not touched:
-        raise UserError("the mask has no white pixel at the model's resolution; paint a larger one")
+        raise RunFailed("the mask has no white pixel at the model's resolution; paint a larger one")
     found: dict[str, list[Tensor]] = {}
     for name, version in versions.items():
         working = [subject.working(pixels) for pixels in per_seed(version, seeds)]

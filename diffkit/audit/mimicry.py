@@ -1,9 +1,9 @@
 """Threats that learn from the whole set: an imitator a version, trained and asked alike.
 
-OUTPUT/mimicry/DIGEST/pictures/    what one imitator learns from
-OUTPUT/mimicry/DIGEST/run/         its training, which goes on where it stopped
-OUTPUT/mimicry/DIGEST/samples/     what it draws
-OUTPUT/mimicry/cache/              class pictures, shared by all
+OUTPUT/mimicry/sets/DIGEST/             what imitators learn from, see `mimicry_sets.py`
+OUTPUT/mimicry/DIGEST/run/              the training of one, which goes on where it stopped
+OUTPUT/mimicry/DIGEST/samples-DIGEST/   what it draws
+OUTPUT/mimicry/cache/                   class pictures, shared by all
 
 The imitators of the clean, the protected and the random pictures, and of sets of which only a part
 is protected, have the same seeds, steps, prompts and class pictures, and draw from the same noises.
@@ -11,7 +11,7 @@ is protected, have the same seeds, steps, prompts and class pictures, and draw f
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,16 +21,17 @@ import torch
 from torch import Tensor
 
 from diffkit import __version__
-from diffkit.audit.cells import MIMICRY
+from diffkit.audit.cells import MIMICRY, content_digest
+from diffkit.audit.estimate import SAMPLE_STEPS
 from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
-from diffkit.audit.mimicry_settings import DEFAULT_PROMPT, RECIPES, WORD, MimicrySettings
-from diffkit.audit.pictures import AuditPicture, open_versions
+from diffkit.audit.mimicry_sets import captions_of, write_set
+from diffkit.audit.mimicry_settings import RECIPES
+from diffkit.audit.pictures import AuditPicture
 from diffkit.audit.purifiers.plain import from_pillow, to_pillow
 from diffkit.audit.request import AuditRequest
 from diffkit.audit.subjects import in_pieces
 from diffkit.console import say
-from diffkit.data.layout import read_layout
-from diffkit.errors import RunFailed, UserError
+from diffkit.errors import RunFailed
 from diffkit.evaluation.pictures import to_uint8
 from diffkit.files import atomic_directory, atomic_write
 from diffkit.generation.card import read_card
@@ -42,7 +43,7 @@ from diffkit.models.text_encoders import clip_encoders
 from diffkit.objectives.dreambooth import DreamBoothConfig
 from diffkit.objectives.textual_inversion import TextualInversionConfig
 from diffkit.protection.sidecar import parameter_digest
-from diffkit.randomness import normal, permutation
+from diffkit.randomness import normal
 from diffkit.training.config import TrainConfig
 from diffkit.training.launch import train
 from diffkit.training.personal import (
@@ -50,12 +51,52 @@ from diffkit.training.personal import (
     DreamBoothTraining,
     TextualInversionTraining,
 )
+from diffkit.training.trainer import INTERRUPTED
 
-__all__ = ["Imitation", "imitate", "partly_protected"]
+__all__ = ["Imitation", "Learner", "imitate"]
 
-SAMPLE_STEPS = 50
 _TOKEN, _INITIALIZER = "<sks>", "art"
 _PRECISION: dict[str, Any] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What is needed to know of a model to train imitators of it, without the model.
+
+    Attributes:
+        source: where it lies.
+        weights: digest of its weights.
+        reads: it takes text.
+        clip: it has CLIP text encoders, which dreambooth trains too.
+        inpaints: its denoiser takes more than latents.
+    """
+
+    source: str
+    weights: str
+    reads: bool
+    clip: bool
+    inpaints: bool
+
+    @classmethod
+    def of(cls, model: LatentDiffusion, weights: str) -> Learner:
+        """Of a loaded model and the digest of its weights."""
+        return cls(
+            model.source,
+            weights,
+            model.conditioner.classes is None and bool(model.conditioner.encoders),
+            bool(clip_encoders(model.conditioner)),
+            model.denoiser.geometry.channels != model.codec.channels,
+        )
+
+    def refusal(self, kind: str) -> str | None:
+        """Why no imitator of this kind can be trained, None where it can."""
+        if not self.reads:
+            return "it takes no text, and imitators are told captions"
+        if self.inpaints:
+            return "its denoiser takes a mask or a further picture, which training does not give it"
+        if kind == "textual-inversion" and not self.clip:
+            return "it has no CLIP text encoder that could learn a word"
+        return None
 
 
 @dataclass(frozen=True)
@@ -65,6 +106,7 @@ class Imitation:
     Attributes:
         kind: a name of `RECIPES`.
         facts: how it was trained, in words.
+        captions: what the pictures were learnt as, each once.
         prompts: of the drawn pictures, in order.
         labels: version -> what it learnt from.
         samples: version -> drawn pictures, uint8 (N, 3, H, W).
@@ -72,23 +114,16 @@ class Imitation:
 
     kind: str
     facts: str
+    captions: tuple[str, ...]
     prompts: tuple[str, ...]
     labels: dict[str, str]
     samples: dict[str, Tensor]
 
 
-def partly_protected(count: int, share: int, seed: int) -> list[bool]:
-    """Which of so many pictures are protected where `share` per cent are; nested in the share."""
-    order = permutation(count, seed, "audit", "partial").tolist()
-    chosen = set(order[: round(count * share / 100)])
-    return [i in chosen for i in range(count)]
-
-
 def imitate(
     request: AuditRequest,
     kind: str,
-    source: str,
-    weights: str,
+    learner: Learner,
     pictures: Sequence[AuditPicture],
     clean: Path,
     output: Path,
@@ -96,40 +131,23 @@ def imitate(
     """Train and ask one imitator a version.
 
     Arguments:
-        source, weights: where the model lies, and the digest of its weights.
+        learner: the model.
         pictures: the pairs, at least two.
         clean: the folder of clean pictures, for their captions.
         output: of the audit.
 
     Raises:
-        UserError: a single picture, or a model that cannot be trained so.
+        UserError: a model or settings that cannot be trained so.
         RunFailed: a training broke off.
+        KeyboardInterrupt: it was interrupted; it goes on from there the next time.
     """
-    if len(pictures) < 2:
-        raise UserError(f"--threats {kind}: learns from a folder of pictures; there is one.")
     settings = request.mimicry
-    captions = _captions(settings, pictures, clean)
-    work = _Imitators(request, kind, source, weights, pictures, captions, output)
+    captions = captions_of(settings, pictures, clean)
+    work = _Imitators(request, kind, learner, pictures, captions, output)
     labels = {CLEAN: "clean pictures", CONTROL: "random noise", PROTECTED: "protected pictures"}
     labels |= {f"{share} %": f"{share} % protected, the others clean" for share in settings.partial}
     samples = {version: work.samples(version) for version in labels}
-    return Imitation(kind, work.facts(), tuple(work.prompts), labels, samples)
-
-
-def _captions(
-    settings: MimicrySettings, pictures: Sequence[AuditPicture], clean: Path
-) -> list[str]:
-    """What each picture is learnt as."""
-    if settings.instance_prompt is not None:
-        return [settings.instance_prompt.replace("{}", WORD)] * len(pictures)
-    found = {e.path.resolve(): e.captions for e in read_layout(clean).entries if e.captions}
-    own = [found.get(picture.pair.clean.resolve()) for picture in pictures]
-    known = [texts[0] for texts in own if texts]
-    return (
-        known
-        if len(known) == len(pictures)
-        else [DEFAULT_PROMPT.replace("{}", WORD)] * len(pictures)
-    )
+    return Imitation(kind, work.facts(), work.learnt(), tuple(work.prompts), labels, samples)
 
 
 class _Imitators:
@@ -139,24 +157,24 @@ class _Imitators:
         self,
         request: AuditRequest,
         kind: str,
-        source: str,
-        weights: str,
+        learner: Learner,
         pictures: Sequence[AuditPicture],
         captions: Sequence[str],
         output: Path,
     ) -> None:
-        self.request, self.kind, self.source, self.weights = request, kind, source, weights
+        self.request, self.kind, self.learner = request, kind, learner
         self.pictures, self.captions, self.output = pictures, captions, output / MIMICRY
         self.recipe, settings = RECIPES[kind], request.mimicry
         self.steps = settings.steps or self.recipe.steps
         self.rate = settings.learning_rate or self.recipe.learning_rate
-        asked = settings.sample_prompts or self._learnt()
+        asked = settings.sample_prompts or self.learnt()
         self.prompts = [asked[i % len(asked)] for i in range(settings.samples)]
 
-    def _learnt(self) -> Sequence[str]:
+    def learnt(self) -> tuple[str, ...]:
+        """What the pictures are learnt as, each text once."""
         if self.kind == "textual-inversion":
             return self._inversion().sentences()
-        return list(dict.fromkeys(self.captions))
+        return tuple(dict.fromkeys(self.captions))
 
     def _inversion(self) -> TextualInversionConfig:
         settings = self.request.mimicry
@@ -187,61 +205,53 @@ class _Imitators:
     def samples(self, version: str) -> Tensor:
         """What the imitator of a version draws, uint8 (N, 3, H, W); made where it is not there."""
         place = self.output / parameter_digest(self._made_of(version))[:24]
-        folder = place / "samples"
+        drawing = {"diffkit": __version__, "prompts": self.prompts, "steps": SAMPLE_STEPS}
+        folder = place / f"samples-{parameter_digest(drawing)[:12]}"
         if not folder.is_dir():
-            say(f"{self.kind}: learning from the version {version}")
-            config = self._config(self._write(place / "pictures", version), place / "run")
-            if code := train(config):
-                raise RunFailed(f"{config.output}: the training ended with code {code}.")
-            drawn = self._draw(place / "run")
+            run = place / "run"
+            self._train(version, run)
+            drawn = self._draw(run)
             with atomic_directory(folder) as parts:
                 for number, pixels in enumerate(drawn):
                     with atomic_write(parts / f"{number:05d}.png") as file:
                         to_pillow(pixels).save(file, "PNG")
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)  # the result stays
         return torch.stack([_read(path) for path in sorted(folder.glob("*.png"))])
 
+    def _train(self, version: str, run: Path) -> None:
+        """Train, go on with, or find the imitator of a version."""
+        say(f"{self.kind}: learning from the version {version}")
+        request = self.request
+        data = write_set(self.output, version, self.pictures, self.captions, request.seed)
+        code = train(self._config(data, run))
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            raise RunFailed(f"{run}: the training ended with code {code}.")
+
     def _made_of(self, version: str) -> dict[str, Any]:
+        """All that decides what is learnt; not what is drawn afterwards."""
         settings, request = self.request.mimicry, self.request
-        kept = replace(settings, partial=())
+        kept = vars(replace(settings, partial=(), samples=2, sample_prompts=()))
+        images = settings.class_images
         return {
             "diffkit": __version__,
             "kind": self.kind,
-            "model": [self.weights, request.dtype],
+            "model": [self.learner.weights, request.dtype],
             "version": version,
             "seed": request.seed,
-            "settings": {key: str(value) for key, value in vars(kept).items()},
-            "prompts": self.prompts,
+            "settings": {key: str(value) for key, value in kept.items() if key != "class_images"},
+            "class images": None if images is None else content_digest(images),
             "captions": list(self.captions),
-            "pictures": [
-                [p.pair.clean_sha256, p.pair.protected_sha256, p.levels] for p in self.pictures
-            ],
+            "pictures": [picture.identity(request.seed) for picture in self.pictures],
         }
-
-    def _write(self, folder: Path, version: str) -> Path:
-        """The pictures of a version with their captions."""
-        if folder.is_dir():
-            return folder
-        count = len(self.pictures)
-        share = int(version.removesuffix(" %")) if version.endswith(" %") else 100
-        chosen = partly_protected(count, share, self.request.seed)
-        with atomic_directory(folder) as place:
-            rows = []
-            for i, (picture, caption) in enumerate(zip(self.pictures, self.captions, strict=True)):
-                versions, _ = open_versions(picture, self.request.seed)
-                taken = version if version in versions else PROTECTED if chosen[i] else CLEAN
-                name = f"{i:05d}.png"
-                with atomic_write(place / name) as file:
-                    to_pillow(versions[taken]).save(file, "PNG")
-                rows.append(json.dumps({"file_name": name, "text": caption}) + "\n")
-            (place / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
-        return folder
 
     def _config(self, data: Path, run: Path) -> TrainConfig:
         request, settings = self.request, self.request.mimicry
         common: dict[str, Any] = {
             "data": str(data),
             "output": run,
-            "model": self.source,
+            "model": self.learner.source,
             "seed": request.seed,
             "max_steps": self.steps,
             "batch_size": self.recipe.batch_size,
@@ -263,8 +273,7 @@ class _Imitators:
         if self.kind == "lora":
             dreambooth = DreamBoothConfig(**prior)
             return DreamBoothLoraTraining(dreambooth=dreambooth, lora_rank=settings.rank, **common)
-        model = LatentDiffusion.load(self.source)
-        prior["train_text_encoder"] = bool(clip_encoders(model.conditioner))
+        prior["train_text_encoder"] = self.learner.clip
         return DreamBoothTraining(dreambooth=DreamBoothConfig(**prior), **common)
 
     def _draw(self, run: Path) -> Tensor:
@@ -274,14 +283,14 @@ class _Imitators:
         if self.kind == "dreambooth":
             model = LatentDiffusion.load(str(run / "model"), **options)
         else:
-            model = LatentDiffusion.load(self.source, **options)
+            model = LatentDiffusion.load(self.learner.source, **options)
             if self.kind == "lora":
                 load_lora(model, run / "lora")
             else:
                 load_embedding(model, run / "embedding")
         size = (model.default_size,) * 2
         shape = model.latent_shape(*size)
-        guidance = read_card(self.source).guidance(model.family.guidance_scale)
+        guidance = read_card(self.learner.source).guidance(model.family.guidance_scale)
         guided = "cfg" in model.family.capabilities
 
         def make(rows: slice) -> Tensor:

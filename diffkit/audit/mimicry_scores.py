@@ -14,31 +14,41 @@ import torch
 from torch import Tensor
 
 from diffkit.audit.distances import Ruler
-from diffkit.audit.intervals import CLEAR_RATIO, LEVEL
-from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
+from diffkit.audit.intervals import LEVEL
+from diffkit.audit.measures import CLEAN
 from diffkit.audit.mimicry import Imitation
-from diffkit.evaluation.compare import Comparison, Estimate, Resampling
+from diffkit.evaluation.compare import Resampling
 from diffkit.evaluation.metrics import sets
 from diffkit.evaluation.metrics.base import SetData, SetMetric, Situation, Statistic
 from diffkit.evaluation.pictures import to_float
 from diffkit.evaluation.reference import Reference
 
-__all__ = ["score_imitation"]
+__all__ = ["NOTE", "score_imitation"]
 
 _METRICS: tuple[SetMetric, ...] = (sets.FRECHET, sets.KERNEL, sets.PRECISION)
-_CLEAR, _NOT_CLEAR = "clear of random noise", "not clear of random noise"
+NOTE = (
+    "Each line is one training. The intervals draw the pictures of the trained imitators anew and "
+    "leave out what another training seed would change, which may be as much as the differences "
+    "seen here."
+)
+"""To be read beside every number of imitators."""
+
 _ALIGNMENT = "Cosine of the drawn picture and its prompt: whether the imitator still obeys."
 
 
 def score_imitation(
-    found: Imitation, originals: Sequence[Tensor], ruler: Ruler, seed: int
+    found: Imitation,
+    originals: Sequence[Tensor],
+    ruler: Ruler,
+    seed: int,
+    resamples: int | None = None,
 ) -> dict[str, Any]:
     """The numbers of one kind of imitator, as the report holds them.
 
     Arguments:
         originals: the clean pictures, uint8 (3, H, W).
         ruler: gives the extractor and the scorer.
-        seed: of the resamples.
+        seed, resamples: of the intervals; see `Resampling` for None.
     """
     extractor = ruler.extractor
     real = _features(ruler, [picture[None] for picture in originals])
@@ -54,6 +64,9 @@ def score_imitation(
     entry: dict[str, Any] = {
         "threat": found.kind,
         "facts": found.facts,
+        "note": NOTE,
+        "instance_prompts": list(found.captions),
+        "sample_prompts": list(dict.fromkeys(found.prompts)),
         "sets": found.labels,
         "labels": {},
         "numbers": {},
@@ -68,13 +81,13 @@ def score_imitation(
             continue
         statistics = {version: metric.run(one) for version, one in data.items()}
         entry["labels"][metric.name] = metric.title(extractor, ruler.tools)
-        entry["numbers"][metric.name] = _numbers(statistics, groups, seed, metric.about)
+        entry["numbers"][metric.name] = _numbers(statistics, groups, seed, resamples, metric.about)
     aligned = {
         version: Statistic.mean(_alignment(ruler, drawn, found.prompts), "pictures")
         for version, drawn in found.samples.items()
     }
     entry["labels"]["alignment"] = f"text alignment ({ruler.tools.scorer.label})"
-    entry["numbers"]["alignment"] = _numbers(aligned, groups, seed, _ALIGNMENT)
+    entry["numbers"]["alignment"] = _numbers(aligned, groups, seed, resamples, _ALIGNMENT)
     return entry
 
 
@@ -92,39 +105,21 @@ def _alignment(ruler: Ruler, drawn: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def _numbers(
-    statistics: Mapping[str, Statistic], groups: Tensor, seed: int, about: str
+    statistics: Mapping[str, Statistic],
+    groups: Tensor,
+    seed: int,
+    resamples: int | None,
+    about: str,
 ) -> dict[str, Any]:
-    """Every version's value, its difference from the clean one's, and what that says."""
-
-    def compared(a: str, b: str) -> Comparison:
-        both = {"model": groups, "against": groups}
-        resampling = Resampling(both, "noises", seed, LEVEL, None)
-        return resampling.of_statistics({"model": statistics[a], "against": statistics[b]})
-
+    """Every version's value, and its difference from the clean one's."""
+    both = {"model": groups, "against": groups}
+    resampling = Resampling(both, "noises", seed, LEVEL, resamples)
     values: dict[str, Any] = {}
-    effects: dict[str, Estimate] = {}
-    for version in statistics:
-        found = compared(version, CLEAN)
+    effects: dict[str, Any] = {}
+    for version, statistic in statistics.items():
+        pair = {"model": statistic, "against": statistics[CLEAN]}
+        found = resampling.of_statistics(pair)
         values[version] = found.values["model"].to_json()
         if version != CLEAN and found.difference is not None:
-            effects[version] = found.difference
-    readings = {
-        version: _reading(effect, effects[CONTROL], compared(version, CONTROL).difference)
-        for version, effect in effects.items()
-        if version != CONTROL
-    }
-    return {
-        "about": about,
-        "values": values,
-        "effect": {version: effect.to_json() for version, effect in effects.items()},
-        "readings": readings,
-        "clear": readings[PROTECTED] == _CLEAR,
-    }
-
-
-def _reading(effect: Estimate, control: Estimate, apart: Estimate | None) -> str:
-    """As `intervals.is_clear` has it, for numbers of sets."""
-    assert apart is not None
-    excluded = all(e.interval.low > 0 or e.interval.high < 0 for e in (effect, apart))
-    far = abs(effect.value) >= CLEAR_RATIO * abs(control.value)
-    return _CLEAR if excluded and far else _NOT_CLEAR
+            effects[version] = found.difference.to_json()
+    return {"about": about, "values": values, "effect": effects}

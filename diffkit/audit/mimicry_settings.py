@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffkit.errors import UserError
+import torch
 
-__all__ = ["DEFAULT_PROMPT", "RECIPES", "WORD", "MimicrySettings", "Recipe"]
+from diffkit.errors import UserError
+from diffkit.generation.engine import choose_device
+
+__all__ = ["DEFAULT_PROMPT", "RECIPES", "WORD", "MimicrySettings", "Recipe", "check_device"]
 
 DEFAULT_PROMPT = "a picture in the style of {}"
 
@@ -100,3 +104,17 @@ class MimicrySettings:
             )
         if self.class_prompt is not None and list(kinds) == ["textual-inversion"]:
             raise UserError("--class-prompt: textual-inversion has no class; leave it out.")
+
+
+def check_device(device: str) -> None:
+    """Raise `UserError` where training, which accelerate places, would not take this device."""
+    asked = torch.device(device)
+    taken = "cpu" if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") else None
+    place = torch.device(taken or choose_device("auto"))
+    if asked.type != place.type or (asked.index or 0) != (place.index or 0):
+        hide = "CUDA_VISIBLE_DEVICES= hides the GPUs, CUDA_VISIBLE_DEVICES=1 shows the second only"
+        raise UserError(
+            f"--device {device}: imitators are trained where accelerate puts them, on {place}; "
+            f"leave --device out, or choose by the environment ({hide}; ACCELERATE_USE_CPU=1 takes "
+            "the CPU)."
+        )

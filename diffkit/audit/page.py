@@ -15,15 +15,16 @@ from torch import Tensor
 from diffkit.audit.cells import PICTURES, Cell
 from diffkit.audit.distances import DISTANCES
 from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
+from diffkit.audit.outcome import Audit, ModelAudit, shown_pictures
 from diffkit.audit.pictures import AGAIN, JPEG, LABELS, AuditPicture, open_versions
 from diffkit.audit.plots import effect_plot, retention_plot
 from diffkit.audit.purifiers.plain import to_pillow
-from diffkit.audit.run import Audit, ModelAudit, shown_pictures
 from diffkit.audit.summary import attacked_words, estimate, number_of, percent, shown_number
 from diffkit.evaluation.gallery import Pair, Shot, embed
 from diffkit.evaluation.templates import render_page
 from diffkit.files import atomic_write
 from diffkit.perceptual.delta import amplified_difference
+from diffkit.protection.sidecar import parameter_digest
 
 __all__ = ["PAGE_NAME", "write_page"]
 
@@ -92,6 +93,7 @@ def _content(report: Mapping[str, Any], audit: Audit, folder: Path) -> dict[str,
             "purifiers": _purifier_parts(model, i),
             "mimicry": [_mimicry_part(found) for found in model["mimicry"]],
             "skipped": model["skipped"],
+            "failed": model["failed"],
         }
         for i, model in enumerate(report["models"])
     ]
@@ -201,13 +203,19 @@ def _mimicry_part(found: Mapping[str, Any]) -> dict[str, Any]:
             Line(
                 found["sets"][version],
                 (estimate(value), estimate(row["effect"].get(version), True)),
-                row["readings"].get(version, ""),
-                row["readings"].get(version) == "clear of random noise",
             )
             for version, value in row["values"].items()
         ]
         tables.append({"label": found["labels"][key], "about": row["about"], "lines": lines})
-    return {"title": found["threat"], "facts": found["facts"], "tables": tables}
+    told = {name: _few(found[f"{name}_prompts"]) for name in ("instance", "sample")}
+    facts = {key: found[key] for key in ("facts", "note")}
+    return {"title": found["threat"], "tables": tables, **told, **facts}
+
+
+def _few(prompts: Sequence[str]) -> str:
+    """The first five, and how many more there are."""
+    text = ", ".join(f"“{prompt}”" for prompt in prompts[:5])
+    return text if len(prompts) <= 5 else f"{text} and {len(prompts) - 5} more"
 
 
 # -- pictures ---------------------------------------------------------------------------------
@@ -230,7 +238,8 @@ def _edit_strips(model: ModelAudit, number: int, folder: Path, named: bool) -> l
     tail = f", {model.name}" if named else ""
     strips = []
     for row in model.rows:
-        cell = row.cells[number]
+        if (cell := row.cells.get(number)) is None:
+            continue
         what = f"{row.threat.name} {row.threat.setting}"
         if row.purifier is not None:
             what = f"behind {row.purifier.name}, {what}"
@@ -247,7 +256,7 @@ def _shots(cell: Cell, folder: Path) -> list[Shot]:
 
 def _version_shots(picture: AuditPicture, folder: Path, seed: int) -> list[Shot]:
     """Clean, random and protected as the models see them, and the amplified change."""
-    name = f"{picture.pair.clean_sha256[:12]}-{picture.pair.protected_sha256[:12]}"
+    name = parameter_digest(picture.identity(seed))[:24]
     versions: Mapping[str, Tensor] | None = None
     shots = []
     for version in (*_TRIPLE, _DIFFERENCE):

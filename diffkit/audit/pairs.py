@@ -50,12 +50,20 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """All pairs, ordered by name, and what is left over, with reasons."""
+    """All pairs, ordered by name, and what is left over, with reasons.
+
+    Attributes:
+        pairs: what can be measured.
+        clean, protected: pictures without a partner.
+        unreadable: broken pictures of either folder.
+        links: symbolic links, which nobody follows; no fault.
+    """
 
     pairs: tuple[Pair, ...]
     clean: tuple[Skipped, ...]
     protected: tuple[Skipped, ...]
     unreadable: tuple[Skipped, ...]
+    links: tuple[Skipped, ...] = ()
 
 
 def pair_up(clean: Path, protected: Path, output: Path) -> Pairing:
@@ -99,7 +107,9 @@ def pair_up(clean: Path, protected: Path, output: Path) -> Pairing:
             f"{clean} and {protected}: no picture of one belongs to a picture of the other, by "
             f"record or by path ({len(originals)} and {len(results)} pictures)."
         )
-    return Pairing(tuple(pairs), missing, tuple(left), (*bad, *worse))
+    linked = tuple(item for item in (*bad, *worse) if item.path.is_symlink())
+    broken = tuple(item for item in (*bad, *worse) if not item.path.is_symlink())
+    return Pairing(tuple(pairs), missing, tuple(left), broken, linked)
 
 
 def _pictures(skipped: Sequence[Skipped]) -> list[Skipped]:

@@ -17,14 +17,17 @@ from diffkit.audit.subjects import on_white
 from diffkit.errors import UserError
 from diffkit.evaluation.metrics.tools import Toolbox
 from diffkit.evaluation.pictures import to_float
+from diffkit.files import sha256
 from diffkit.perceptual.delta import delta_statistics
 from diffkit.perceptual.pixels import ssim
+from diffkit.protection.contrast import contrast_weight
 from diffkit.protection.image_file import Picture, Unreadable, open_picture
 from diffkit.protection.inputs import image_seed
 from diffkit.protection.pgd import random_noise
+from diffkit.protection.sidecar import Sidecar
 from diffkit.protection.worker import read_mask
 
-__all__ = ["AGAIN", "JPEG", "AuditPicture", "inspect", "mask_file", "open_versions"]
+__all__ = ["AGAIN", "JPEG", "AuditPicture", "Control", "change_of", "inspect", "open_versions"]
 
 AGAIN, JPEG = "clean again", "jpeg95"
 """Further controls: the clean picture itself, and JPEG of quality 95 of it."""
@@ -38,6 +41,50 @@ LABELS = {
 }
 """Versions as a person reads them, in the order of tables."""
 
+_QUANTILE = 0.995
+
+
+@dataclass(frozen=True)
+class Control:
+    """The random noise that stands beside a protection, which respects what that respected.
+
+    Attributes:
+        levels: its budget: the record's; without one the 99.5 % quantile of |change|, which a few
+            pixels that another tool moved further do not decide.
+        recorded: whether a record says so.
+        contrast: local contrast shares out the budget, as the record says of the protection.
+        masked: only the white part of the mask changes; the mask given is the protection's own.
+        unmasked: the protection had a mask that is not given: the noise lies everywhere.
+    """
+
+    levels: int
+    recorded: bool = False
+    contrast: bool = False
+    masked: bool = False
+    unmasked: bool = False
+
+    @classmethod
+    def of(
+        cls, record: Sidecar | None, clean: Tensor, protected: Tensor, mask: Path | None
+    ) -> Control:
+        """Beside a pair, both uint8 (3, H, W); `mask` is the file that is given, if any."""
+        if record is None:
+            change = (protected.short() - clean.short()).abs().flatten()
+            share = change.bincount(minlength=256).double().cumsum(0) / change.numel()
+            return cls(int((share < _QUANTILE).sum()))
+        used = record.mask_sha256
+        masked = used is not None and mask is not None and sha256(mask) == used
+        return cls(record.levels, True, record.contrast, masked, used is not None and not masked)
+
+    def noise(self, clean: Tensor, seed: int, mask: Tensor | None) -> Tensor:
+        """The noisy picture, uint8 as `clean` (C, H, W); `mask` (1, H, W) in [0, 1]."""
+        weight = None
+        if self.contrast:
+            weight = contrast_weight(clean[None])
+        if self.masked and mask is not None:
+            weight = mask[None] if weight is None else weight * mask[None]
+        return random_noise(clean[None], self.levels, [seed], weight)[0]
+
 
 @dataclass(frozen=True)
 class AuditPicture:
@@ -46,21 +93,29 @@ class AuditPicture:
     Attributes:
         pair: the files.
         size: (height, width).
-        levels: budget of the random control: the record's, else the largest change there is.
-        change: by version, what its change looks like (`DeltaStatistics`, SSIM and LPIPS).
+        control: the random noise.
         mask: a picture that is white where inpainting paints, or None.
     """
 
     pair: Pair
     size: tuple[int, int]
-    levels: int
-    change: dict[str, dict[str, float | None]]
+    control: Control
     mask: Path | None = None
 
     @property
     def name(self) -> str:
         """Of the pair."""
         return self.pair.name
+
+    def identity(self, seed: int) -> dict[str, Any]:
+        """All that decides the versions' pixels; `seed` is that of the audit."""
+        masked = self.mask is not None and self.control.masked
+        return {
+            "clean": self.pair.clean_sha256,
+            "protected": self.pair.protected_sha256,
+            "control": {**vars(self.control), "seed": seed},
+            "control mask": sha256(self.mask) if masked and self.mask is not None else None,
+        }
 
     def facts(self) -> dict[str, Any]:
         """As the report lists it."""
@@ -74,40 +129,60 @@ class AuditPicture:
             "method": None if record is None else record.method,
             "levels": None if record is None else record.levels,
             "attacked": None if record is None else record.model,
+            "ensemble": [] if record is None else list(record.ensemble),
             "changed_since": self.pair.changed,
-            "control_levels": self.levels,
-            "change": self.change,
+            "control": vars(self.control),
         }
 
 
-def inspect(pair: Pair, seed: int, tools: Toolbox, perceptual: bool, mask: Path | None) -> Any:
+def inspect(pair: Pair, mask: Path | None, paints: bool = False) -> AuditPicture:
     """The pair as an `AuditPicture`.
 
     Arguments:
-        seed: of the random control.
-        tools: gives LPIPS, where `perceptual` says that it is here.
+        mask: a picture of what is painted or was protected, or None.
+        paints: the mask is used for inpainting, so it must be neither empty nor full.
 
     Raises `Unreadable` with a reason: a file that cannot be read, or sizes that differ.
     """
     clean, protected = _opened(pair)
-    change = delta_statistics(_rgb(clean), _rgb(protected))
-    levels = change.largest if pair.record is None else pair.record.levels
-    versions = _versions(pair, clean, protected, levels, seed)
-    found = {
-        name: _change(versions[CLEAN], versions[name], tools if perceptual else None)
-        for name in (PROTECTED, CONTROL, JPEG)
-    }
     height, width = clean.pixels.shape[-2:]
     if mask is not None:
-        read_mask(mask, clean.pixels)
-    return AuditPicture(pair, (height, width), levels, found, mask)
+        white = _mask(mask, clean.pixels) > 0.5
+        if paints and not bool(white.any()):
+            raise Unreadable(f"its mask {mask.name} is black: nothing would be painted")
+        if paints and bool(white.all()):
+            raise Unreadable(f"its mask {mask.name} is white: nothing of the picture would be left")
+    control = Control.of(pair.record, _seen(clean), _seen(protected), mask)
+    return AuditPicture(pair, (height, width), control, mask)
+
+
+def change_of(
+    picture: AuditPicture, seed: int, tools: Toolbox | None
+) -> dict[str, dict[str, float | None]]:
+    """What the change of each version looks like: `DeltaStatistics`, SSIM and LPIPS.
+
+    `tools` gives LPIPS, None where it is not here. Raises `Unreadable`.
+    """
+    versions, _ = open_versions(picture, seed)
+    return {
+        name: _change(versions[CLEAN], versions[name], tools) for name in (PROTECTED, CONTROL, JPEG)
+    }
 
 
 def open_versions(picture: AuditPicture, seed: int) -> tuple[dict[str, Tensor], Tensor | None]:
     """Every version, uint8 (3, H, W) on white, and the mask (1, H, W). Raises `Unreadable`."""
     clean, protected = _opened(picture.pair)
-    versions = _versions(picture.pair, clean, protected, picture.levels, seed)
-    mask = None if picture.mask is None else read_mask(picture.mask, clean.pixels)
+    mask = None if picture.mask is None else _mask(picture.mask, clean.pixels)
+    own = image_seed(seed, picture.pair.clean.read_bytes())
+    noise = picture.control.noise(clean.pixels, own, mask)
+    x = _seen(clean)
+    versions = {
+        CLEAN: x,
+        PROTECTED: _seen(protected),
+        CONTROL: on_white(noise, clean.alpha),
+        JPEG: parse_purifiers("jpeg95")[0](x, 0),
+        AGAIN: x.clone(),
+    }
     return versions, mask
 
 
@@ -121,7 +196,7 @@ def mask_file(place: Path | None, clean: Path) -> Path | None:
     found = [path for path in sorted(place.iterdir()) if path.stem == clean.stem]
     if len(found) != 1:
         count = "no mask" if not found else "several masks"
-        raise Unreadable(f"{place} has {count} named {clean.stem}")
+        raise Unreadable(f"{place.name} has {count} named {clean.stem}")
     return found[0]
 
 
@@ -133,23 +208,14 @@ def _opened(pair: Pair) -> tuple[Picture, Picture]:
     return clean, protected
 
 
-def _versions(
-    pair: Pair, clean: Picture, protected: Picture, levels: int, seed: int
-) -> dict[str, Tensor]:
-    own = image_seed(seed, pair.clean.read_bytes())
-    noise = random_noise(clean.pixels[None], levels, [own])[0]
-    x = on_white(clean.pixels, clean.alpha)
-    jpeg = parse_purifiers("jpeg95")[0]
-    return {
-        CLEAN: x,
-        PROTECTED: on_white(protected.pixels, protected.alpha),
-        CONTROL: on_white(noise, clean.alpha),
-        JPEG: jpeg(x, 0),
-        AGAIN: x.clone(),
-    }
+def _mask(path: Path, pixels: Tensor) -> Tensor:
+    try:
+        return read_mask(path, pixels)
+    except Unreadable as error:  # whose words hold the whole path, which reports do not
+        raise Unreadable(f"its mask {path.name} cannot be read") from error
 
 
-def _rgb(picture: Picture) -> Tensor:
+def _seen(picture: Picture) -> Tensor:
     return on_white(picture.pixels, picture.alpha)
 
 
@@ -168,5 +234,6 @@ def _change(clean: Tensor, other: Tensor, tools: Toolbox | None) -> dict[str, fl
 
 
 def attacked_names(pictures: Sequence[AuditPicture]) -> set[str]:
-    """The attacked models that the records name."""
-    return {p.pair.record.model for p in pictures if p.pair.record and p.pair.record.model}
+    """The attacked models that the records name, those of ensembles among them."""
+    records = [p.pair.record for p in pictures if p.pair.record is not None]
+    return {name for r in records for name in (r.model, *r.ensemble) if name}

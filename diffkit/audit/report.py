@@ -13,9 +13,11 @@ from diffkit.audit import intervals
 from diffkit.audit.edits import gather
 from diffkit.audit.intervals import CLEAR_RATIO, LEVEL
 from diffkit.audit.measures import PROTECTED, Values, effect_summary, retention_summary
-from diffkit.audit.pictures import LABELS, AuditPicture
+from diffkit.audit.outcome import Audit, ModelAudit, ThreatRow, prompt_of
+from diffkit.audit.pictures import LABELS, attacked_names
+from diffkit.audit.purifiers.naming import public_text
 from diffkit.audit.request import AuditRequest
-from diffkit.audit.run import Audit, ModelAudit, ThreatRow, prompts_of
+from diffkit.protection.inputs import Skipped
 from diffkit.protection.notice import notice
 
 __all__ = ["SHOWN_NUMBER", "build_report"]
@@ -38,42 +40,91 @@ def build_report(audit: Audit, request: AuditRequest) -> dict[str, Any]:
         "clear_ratio": CLEAR_RATIO,
         "n": len(audit.pictures),
         "seeds": len(audit.seeds),
-        "prompts": list(prompts_of(audit, request)),
+        "prompts": list(dict.fromkeys(prompt_of(p, request) for p in audit.pictures)),
         "notice": list(_notice(audit, models, request.resamples)),
-        "pictures": [picture.facts() for picture in audit.pictures],
-        "change": _changes(audit.pictures, request.resamples),
+        "pictures": [
+            {**picture.facts(), "change": change}
+            for picture, change in zip(audit.pictures, audit.changes, strict=True)
+        ],
+        "change": _changes(audit, request.resamples),
+        "control": _control(audit),
         "unpaired": {
-            "clean": [str(item.path.name) for item in audit.pairing.clean],
-            "protected": _reasons(audit.pairing.protected),
+            "clean": list(_reasons(audit.pairing.clean, audit)),
+            "protected": _reasons(audit.pairing.protected, audit),
         },
-        "refused": _reasons(audit.refused),
+        "refused": _reasons(audit.refused, audit),
+        "passed_over": _reasons(audit.pairing.links, audit),
         "models": models,
     }
 
 
-def _reasons(items: Sequence[Any]) -> dict[str, str]:
-    return {item.path.name: item.reason for item in items}
+def _reasons(items: Sequence[Skipped], audit: Audit) -> dict[str, str]:
+    """Reasons by the path below PROTECTED; what lies below CLEAN is called so."""
+    found = {}
+    for item in items:
+        inside = item.path.is_relative_to(audit.protected)
+        root = audit.protected if inside else audit.clean
+        name = item.path.name if item.path == root else item.path.relative_to(root).as_posix()
+        found[name if inside else f"{name} (clean)"] = public_text(item.reason)
+    return found
+
+
+def _control(audit: Audit) -> list[str]:
+    """What the random noise is, in sentences; the last ones say where it falls short."""
+    controls = [picture.control for picture in audit.pictures]
+    n, said = len(controls), []
+
+    def some(count: int) -> str:
+        return "all pictures" if count == n else f"{count} of {n} pictures"
+
+    if recorded := sum(c.recorded for c in controls):
+        said.append(f"its budget is that of the record ({some(recorded)})")
+    if guessed := n - recorded:
+        said.append(
+            "its budget is the 99.5 % quantile of the change, as no record names one "
+            f"({some(guessed)})"
+        )
+    if weighted := sum(c.contrast for c in controls):
+        said.append(f"it is shared out by local contrast like the protection ({some(weighted)})")
+    if masked := sum(c.masked for c in controls):
+        said.append(f"it keeps within the mask of the protection ({some(masked)})")
+    if unmasked := sum(c.unmasked for c in controls):
+        said.append(
+            "it lies everywhere although the protection had a mask, so it is too strong a control; "
+            f"give that mask with --mask ({some(unmasked)})"
+        )
+    return said
 
 
 def _model(found: ModelAudit, resamples: int) -> dict[str, Any]:
-    plain = {(row.threat.name, row.threat.setting): row for row in found.rows if not row.purifier}
+    plain = {_key(row): row for row in found.rows if not row.purifier}
+
+    def plainly(reasons: Mapping[str, str]) -> dict[str, str]:
+        return {key: public_text(why) for key, why in reasons.items()}
+
     return {
         "name": found.name,
         "attacked": found.attacked,
         "labels": found.labels,
         "threats": [_threat(row, resamples) for row in plain.values()],
         "purifiers": [
-            _purified(row, plain[row.threat.name, row.threat.setting], resamples)
+            _purified(row, plain[_key(row)], resamples)
             for row in found.rows
-            if row.purifier
+            if row.purifier and row.cells.keys() & plain[_key(row)].cells.keys()
         ],
         "mimicry": found.mimicry,
-        "skipped": found.skipped,
+        "skipped": plainly(found.skipped),
+        "failed": plainly(found.failed),
     }
 
 
-def _values(row: ThreatRow) -> dict[str, Values]:
-    return gather([cell.measured for cell in row.cells])
+def _key(row: ThreatRow) -> tuple[str, str]:
+    return row.threat.name, row.threat.setting
+
+
+def _values(row: ThreatRow, only: Sequence[int] | None = None) -> dict[str, Values]:
+    numbers = sorted(row.cells) if only is None else only
+    return gather([row.cells[number].measured for number in numbers])
 
 
 def _threat(row: ThreatRow, resamples: int) -> dict[str, Any]:
@@ -82,6 +133,7 @@ def _threat(row: ThreatRow, resamples: int) -> dict[str, Any]:
         "setting": row.threat.setting,
         "honest": row.threat.honest,
         "parameters": row.threat.parameters,
+        "n": len(row.cells),
         "numbers": {
             name: effect_summary(values, resamples) for name, values in _values(row).items()
         },
@@ -90,12 +142,14 @@ def _threat(row: ThreatRow, resamples: int) -> dict[str, Any]:
 
 def _purified(row: ThreatRow, plain: ThreatRow, resamples: int) -> dict[str, Any]:
     assert row.purifier is not None
-    behind, before = _values(row), _values(plain)
+    both = sorted(row.cells.keys() & plain.cells.keys())
+    behind, before = _values(row, both), _values(plain, both)
+    cells = [row.cells[number] for number in both]
     shared = [name for name in before if name in behind and not before[name].information]
     costs = {
-        name: intervals.mean(torch.stack([cell.cost[name] for cell in row.cells], 1), resamples)
-        for name in row.cells[0].cost
-        if all(name in cell.cost for cell in row.cells)
+        name: intervals.mean(torch.stack([cell.cost[name] for cell in cells], 1), resamples)
+        for name in cells[0].cost
+        if all(name in cell.cost for cell in cells)
     }
     return {
         "threat": row.threat.name,
@@ -103,6 +157,7 @@ def _purified(row: ThreatRow, plain: ThreatRow, resamples: int) -> dict[str, Any
         "purifier": row.purifier.name,
         "words": row.purifier.words,
         "parameters": row.purifier.parameters,
+        "n": len(both),
         "retention": {
             name: retention_summary(behind[name], before[name], resamples) for name in shared
         },
@@ -110,11 +165,11 @@ def _purified(row: ThreatRow, plain: ThreatRow, resamples: int) -> dict[str, Any
     }
 
 
-def _changes(pictures: Sequence[AuditPicture], resamples: int) -> dict[str, dict[str, Any]]:
+def _changes(audit: Audit, resamples: int) -> dict[str, dict[str, Any]]:
     """What the change looks like, mean over the pictures, by version and number."""
     found: dict[str, dict[str, Any]] = {}
-    for version in pictures[0].change:
-        rows = [picture.change[version] for picture in pictures]
+    for version in audit.changes[0]:
+        rows = [change[version] for change in audit.changes]
         found[version] = {}
         for name in rows[0]:
             values = [row[name] for row in rows]
@@ -126,12 +181,12 @@ def _changes(pictures: Sequence[AuditPicture], resamples: int) -> dict[str, dict
 
 def _notice(audit: Audit, models: Sequence[Mapping[str, Any]], resamples: int) -> tuple[str, ...]:
     """The mandatory sentences with what this audit measured."""
-    named = sorted({p.pair.record.model or "" for p in audit.pictures if p.pair.record} - {""})
-    change = _changes(audit.pictures, resamples)[PROTECTED]
+    named = sorted(attacked_names(audit.pictures))
+    change = _changes(audit, resamples)[PROTECTED]
     parts = [f"PSNR {change['psnr']['value']:.1f} dB"]
     if "lpips" in change:
         parts.append(f"LPIPS {change['lpips']['value']:.3f}")
-    largest = max(picture.change[PROTECTED]["largest"] or 0 for picture in audit.pictures)
+    largest = max(one[PROTECTED]["largest"] or 0 for one in audit.changes)
     parts.append(f"largest change {largest:g} levels")
     attacked = " and ".join(named) or "a model that no record names"
     return notice(attacked, retention=_left(models), cost=", ".join(parts) + " (means)")

@@ -28,7 +28,8 @@ class AuditRequest:
         threats: see `parse_threats`.
         purify: a list for `parse_purifiers`, or None.
         prompt: of the edits; None is each attack's own.
-        mask: a picture, white where it is painted, or a folder of them; None without inpainting.
+        mask: a picture, white where it is painted, or a folder of them. Where it is the one of the
+            protection, the random control keeps within it too.
         seeds: noises a picture; None is 8 for fewer than 8 pictures, else 4.
         mimicry: how imitators are trained.
         extractor, scorer, lpips: networks that measure.
@@ -57,6 +58,11 @@ class AuditRequest:
     device: str = "cpu"
     command: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether inpainting is among the threats."""
+        return any(threat.name == "inpaint" for threat in self.threats.edits)
+
     def check(self) -> None:
         """Raise `UserError` for impossible values and combinations."""
         for name in ("seeds", "resamples", "batch_size"):
@@ -65,11 +71,8 @@ class AuditRequest:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
         if len(set(self.models)) < len(self.models):
             raise UserError("--model: give each model once.")
-        inpaints = any(threat.name == "inpaint" for threat in self.threats.edits)
-        if inpaints and self.mask is None:
+        if self.inpaints and self.mask is None:
             raise UserError("--threats inpaint: needs --mask, white where it paints.")
-        if self.mask is not None and not inpaints:
-            raise UserError("--mask: is for inpainting; add inpaint to --threats.")
         if self.mask is not None and not self.mask.exists():
             raise UserError(f"--mask {self.mask}: no such file or folder.")
         self.mimicry.check(self.threats.mimicry)

@@ -25,9 +25,16 @@ def print_summary(report: Mapping[str, Any], console: Console | None = None) -> 
         console.print(f"refused: {name} ({reason})", highlight=False)
     for name, reason in report["unpaired"]["protected"].items():
         console.print(f"not paired: {name} ({reason})", highlight=False)
+    unmasked = [text for text in report["control"] if "--mask" in text]
+    for text in unmasked:
+        console.print(f"random noise: {text}", highlight=False)
     if lone := report["unpaired"]["clean"]:
         console.print(f"not paired: {len(lone)} clean pictures", highlight=False)
+    for name, reason in report["passed_over"].items():
+        console.print(f"passed over: {name} ({reason})", highlight=False)
     for model in report["models"]:
+        for name, reason in model["failed"].items():
+            console.print(f"broken off: {name} ({reason})", highlight=False)
         for name, reason in model["skipped"].items():
             console.print(f"not measured with {model['name']}: {name} ({reason})", highlight=False)
 
@@ -95,7 +102,7 @@ def _purifier_table(model: Mapping[str, Any], title: str) -> Table:
 
 
 def _mimicry_table(found: Mapping[str, Any], title: str) -> Table:
-    table = Table(title=f"Imitation by {found['threat']}, {title}")
+    table = Table(title=f"Imitation by {found['threat']}, {title}", caption=found["note"])
     for head in ("learnt from", "number", "value", "minus clean"):
         table.add_column(head, overflow="fold")
     for key, row in found["numbers"].items():

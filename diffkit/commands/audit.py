@@ -55,7 +55,7 @@ class AuditConfig:
 
     mask: Path | None = None
     """White where inpaint repaints: a picture, or a folder of them with the clean pictures'
-    names."""
+    names. If it is the protection's own mask, random noise keeps within it too."""
 
     strengths: tuple[float, ...] = _DEFAULT_STRENGTHS
     """Strengths of sdedit, on a grid of 100 steps."""
@@ -122,6 +122,9 @@ class AuditConfig:
     output: Path = Path("audit")
     """Folder for audit.html, audit.json, and what was measured so far."""
 
+    dry_run: bool = False
+    """Say how many edits and trainings this makes and about how long it takes, and stop."""
+
     overwrite: bool = False
     """Throw away what an earlier audit left in the output folder."""
 
@@ -135,7 +138,7 @@ def configs() -> dict[str, type]:
 
 
 def main(config: AuditConfig) -> int:
-    """Audit; returns 1 when some pictures were refused. See `AuditConfig`."""
+    """Audit; returns 1 when some pictures were refused or broke off. See `AuditConfig`."""
     set_quiet(config.json)
 
     from diffkit.audit.page import write_page
@@ -147,7 +150,10 @@ def main(config: AuditConfig) -> int:
     request = _request(config)
     if "embedded" in request.models:
         say("The embedded model knows emoji only: it says nothing about real pictures (--model).")
-    audit = run_audit(request, config.clean, config.protected, config.output, config.overwrite)
+    place = config.clean, config.protected, config.output
+    audit = run_audit(request, *place, config.overwrite, config.dry_run)
+    if config.dry_run:
+        return 0
     report = build_report(audit, request)
     write_json(config.output / "audit.json", report)
     page = write_page(report, audit, config.output)
@@ -158,7 +164,7 @@ def main(config: AuditConfig) -> int:
             say(line)
         print_summary(report)
         say(f"open {page.resolve().as_uri()}")
-    return 1 if audit.refused else 0
+    return 0 if audit.complete else 1
 
 
 def _request(config: AuditConfig) -> AuditRequest:
@@ -206,12 +212,22 @@ def _request(config: AuditConfig) -> AuditRequest:
 
 
 def _given(config: AuditConfig) -> dict[str, Any]:
-    """CLEAN, PROTECTED and the flags that are not at their defaults, as JSON knows them."""
-    given: dict[str, Any] = {"clean": str(config.clean), "protected": str(config.protected)}
+    """CLEAN, PROTECTED and the flags that are not at their defaults, as JSON knows them.
+
+    Of absolute paths, which are this machine's, the last parts.
+    """
+    from diffkit.audit.purifiers.naming import public_text
+
+    def public(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [public(item) for item in value]
+        return public_text(str(value)) if isinstance(value, (str, Path)) else value
+
+    given: dict[str, Any] = {"clean": public(config.clean), "protected": public(config.protected)}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in (*given, "overwrite", "json") or value == field.default:
-            continue
-        plain = list(value) if isinstance(value, tuple) else value
-        given[field.name] = str(plain) if isinstance(plain, Path) else plain
+        unnamed = (*given, "overwrite", "json", "dry_run")
+        if field.name not in unnamed and value != field.default:
+            words = field.name in ("prompt", "instance_prompt", "class_prompt")
+            given[field.name] = value if words else public(value)
     return given

@@ -29,11 +29,13 @@ __all__ = [
     "Sidecar",
     "State",
     "parameter_digest",
+    "is_result",
     "publish",
     "read_sidecar",
     "remove_leftovers",
     "sidecar_path",
     "state",
+    "without_folders",
 ]
 
 State = Literal["missing", "done", "other"]
@@ -120,7 +122,12 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+    return without_folders(value) if isinstance(value, str) else value
+
+
+def without_folders(text: str) -> str:
+    """Text without the folders of absolute paths: "/home/me/x.png is red" -> "x.png is red"."""
+    return _FOLDERS.sub("", text)
 
 
 def _last_part(text: str | None) -> str | None:
@@ -160,7 +167,8 @@ def read_sidecar(output: str | os.PathLike[str]) -> Sidecar:
         sizes = tuple((int(height), int(width)) for height, width in record.working_sizes)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: misses entries of a protected picture ({error}).") from error
-    return dataclasses.replace(record, working_sizes=sizes, notices=tuple(record.notices))
+    lists = {"notices": tuple(record.notices), "ensemble": tuple(record.ensemble)}
+    return dataclasses.replace(record, working_sizes=sizes, **lists)
 
 
 def parameter_digest(parameters: Mapping[str, Any]) -> str:
@@ -214,6 +222,18 @@ def state(output: str | os.PathLike[str], input_sha256: str, parameter_sha256: s
     if known[0] == (*job, present):
         return "done"
     return "missing" if known[1] == (*job, present) else "other"
+
+
+def is_result(output: str | os.PathLike[str]) -> bool:
+    """Whether a sidecar or marker of ours stands beside what is there; a stranger's file has none.
+
+    A sidecar without its picture is a result, too; a whole JSON file that is not ours is none.
+    """
+    picture, record = Path(output), sidecar_path(output)
+    if _is_foreign(record) or (os.path.lexists(picture) and not picture.is_file()):
+        return False
+    claimed = [_claims(record), _claims(_marker_path(picture))]
+    return any(claim is not None for claim in claimed)
 
 
 def _claims(path: Path) -> tuple[str, str, str] | None:

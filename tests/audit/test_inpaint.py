@@ -15,7 +15,7 @@ from diffkit.audit.purifiers.base import Models
 from diffkit.audit.purifiers.registry import parse_purifiers
 from diffkit.audit.sdedit import Edit
 from diffkit.audit.subjects import Subject
-from diffkit.errors import UserError
+from diffkit.errors import RunFailed, UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
 from tests.audit.pictures import build_inpainting, pixels, protected
 
@@ -104,7 +104,7 @@ def test_effects_are_measured_inside_the_box_alone(tiny_sd: Path) -> None:
 def test_a_mask_that_vanishes_is_refused(tiny_sd: Path) -> None:
     model = LatentDiffusion.load(tiny_sd)
     subject = Subject(pixels(), model)
-    with pytest.raises(UserError, match="no white pixel"):
+    with pytest.raises(RunFailed, match="no white pixel"):
         inpaint_versions(
             Inpainter(model, "a"), subject, torch.zeros(1, 32, 32), {CLEAN: pixels()}, (0,), 2, 1.0
         )

@@ -10,22 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from diffkit.audit.cells import CELLS
+from diffkit.audit.cells import CELLS, CellStore
+from diffkit.audit.distances import Ruler
 from diffkit.audit.edits import Measurer, purified_versions
 from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
+from diffkit.audit.outcome import ModelAudit
 from diffkit.audit.page import write_page
 from diffkit.audit.pairs import pair_up
-from diffkit.audit.pictures import AGAIN, JPEG, inspect, open_versions
-from diffkit.audit.purifiers.registry import parse_purifiers
+from diffkit.audit.pictures import AGAIN, JPEG, attacked_names, change_of, inspect, open_versions
+from diffkit.audit.purifiers.base import Models, Purifier
+from diffkit.audit.purifiers.registry import PURIFIERS, parse_purifiers
 from diffkit.audit.report import build_report
 from diffkit.audit.request import AuditRequest
 from diffkit.audit.run import run_audit
 from diffkit.audit.sdedit import Edit
 from diffkit.audit.threats import parse_threats
-from diffkit.errors import UserError
-from diffkit.evaluation.metrics.tools import Toolbox
+from diffkit.audit.work import Work
+from diffkit.errors import RunFailed, UserError
+from diffkit.files import sha256, write_json
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.image_file import Unreadable
+from diffkit.protection.sidecar import sidecar_path
 from tests.audit.pictures import pixels, protected, record, save, two_folders
 
 Audited = Callable[..., dict[str, Any]]
@@ -59,6 +64,7 @@ def test_a_picture_against_itself_has_exactly_no_effect(tmp_path: Path, tiny_sd:
     assert numbers["latent_l2"]["effect"][CONTROL]["value"] > 0
 
 
+@pytest.mark.slow
 def test_identity_leaves_exactly_all_of_it(tmp_path: Path, tiny_sd: Path) -> None:
     two_folders(tmp_path)
     report = audit(tmp_path, tiny_sd, purify="identity,jpeg75")
@@ -78,24 +84,75 @@ def test_identity_leaves_exactly_all_of_it(tmp_path: Path, tiny_sd: Path) -> Non
 def test_the_controls_are_noise_of_equal_size_and_compression(tmp_path: Path) -> None:
     clean, result = two_folders(tmp_path, 1)
     pair = pair_up(clean, result, tmp_path / "out").pairs[0]
-    picture = inspect(pair, 3, Toolbox(), False, None)
+    picture = inspect(pair, None)
     versions, mask = open_versions(picture, 3)
-    assert mask is None and picture.levels == 8
+    assert mask is None and picture.control.levels == 8 and picture.control.recorded
     assert torch.equal(versions[CLEAN], versions[AGAIN])
-    assert picture.change[CONTROL]["largest"] == 8
+    assert change_of(picture, 3, None)[CONTROL]["largest"] == 8
     assert not torch.equal(versions[CONTROL], versions[PROTECTED])
     assert torch.equal(versions[JPEG], parse_purifiers("jpeg95")[0](versions[CLEAN], 0))
-    other, _ = open_versions(inspect(pair, 4, Toolbox(), False, None), 4)
+    other, _ = open_versions(picture, 4)
     assert not torch.equal(other[CONTROL], versions[CONTROL])
 
 
-def test_without_a_record_the_control_has_the_largest_change(tmp_path: Path) -> None:
+def test_without_a_record_the_control_is_as_strong_as_nearly_all_of_the_change(
+    tmp_path: Path,
+) -> None:
+    """One pixel that a foreign tool moved by 100 levels made the control noise of 100 levels."""
+    changed = protected(pixels(), 5)
+    changed[0, 0, 0] = (int(pixels()[0, 0, 0]) + 100) % 200
     clean = save(tmp_path / "c.png", pixels())
-    save(tmp_path / "p.png", protected(pixels(), 5))
-    picture = inspect(
-        pair_up(clean, tmp_path / "p.png", tmp_path / "out").pairs[0], 0, Toolbox(), False, None
-    )
-    assert picture.levels == 5 and picture.facts()["method"] is None
+    save(tmp_path / "p.png", changed)
+    pair = pair_up(clean, tmp_path / "p.png", tmp_path / "out").pairs[0]
+    picture = inspect(pair, None)
+    assert picture.control.levels == 5 and not picture.control.recorded
+    assert picture.facts()["method"] is None
+
+
+def test_the_control_respects_contrast_and_mask(tmp_path: Path) -> None:
+    """Noise at full budget everywhere was a stronger control than the protection's own budget."""
+    clean, result = two_folders(tmp_path, 1)
+    flat = torch.full((3, 32, 32), 128, dtype=torch.uint8)
+    half = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    half[:, :, :16] = 255
+    mask = save(tmp_path / "mask.png", half)
+    original = save(clean / "0.png", flat)
+    copy = save(result / "0.png", protected(flat))
+    digest = sha256(mask)
+    known = record(copy, original).as_json() | {"contrast": True, "mask_sha256": digest}
+    write_json(sidecar_path(copy), known)
+    pair = pair_up(clean, result, tmp_path / "out").pairs[0]
+    picture = inspect(pair, mask)
+    assert picture.control.masked and picture.control.contrast and not picture.control.unmasked
+    noise = open_versions(picture, 0)[0][CONTROL].int() - 128
+    assert int(noise[:, :, 16:].abs().max()) == 0
+    assert set(noise[:, :, :16].abs().unique().tolist()) == {2}  # a quarter of 8 on flat areas
+    without = inspect(pair, None)
+    assert without.control.unmasked and not without.control.masked
+    assert int((open_versions(without, 0)[0][CONTROL].int() - 128)[:, :, 16:].abs().max()) == 2
+    other = inspect(pair, save(tmp_path / "other.png", 255 - half))
+    assert other.control.unmasked and not other.control.masked
+
+
+@pytest.mark.parametrize(("value", "word"), [(0, "is black"), (255, "is white")])
+def test_one_bad_mask_refuses_its_picture_by_name(tmp_path: Path, value: int, word: str) -> None:
+    """It ended the whole audit at this picture, hours in."""
+    clean, result = two_folders(tmp_path, 1)
+    pair = pair_up(clean, result, tmp_path / "out").pairs[0]
+    full = torch.full((3, 32, 32), value, dtype=torch.uint8)
+    mask = save(tmp_path / "masks" / "0.png", full)
+    with pytest.raises(Unreadable, match=f"its mask 0.png {word}"):
+        inspect(pair, mask, paints=True)
+    assert inspect(pair, mask).mask == mask  # as the mask of the protection it is none of ours
+
+
+def test_models_of_an_ensemble_are_attacked_ones(tmp_path: Path, tiny_sd: Path) -> None:
+    """The report called the second model of an ensemble not attacked."""
+    clean, result = two_folders(tmp_path, 1)
+    known = record(result / "0.png", clean / "0.png").as_json()
+    write_json(sidecar_path(result / "0.png"), known | {"ensemble": [tiny_sd.name]})
+    pictures = [inspect(pair, None) for pair in pair_up(clean, result, tmp_path / "o").pairs]
+    assert attacked_names(pictures) == {"the attacked model", tiny_sd.name}
 
 
 @pytest.mark.slow
@@ -109,7 +166,7 @@ def test_sizes_that_differ_are_refused_by_name_and_the_rest_is_measured(
     assert report["refused"] == {"1.png": "has 32x40 pixels and its clean picture 32x32"}
     assert report["n"] == 1
     with pytest.raises(Unreadable, match="32x40"):
-        inspect(pair_up(clean, result, tmp_path / "o").pairs[1], 0, Toolbox(), False, None)
+        inspect(pair_up(clean, result, tmp_path / "o").pairs[1], None)
 
 
 def test_one_noise_for_clean_and_protected(tmp_path: Path, tiny_sd: Path) -> None:
@@ -225,3 +282,82 @@ def test_the_page_is_whole_and_tells_what_must_be_told(tmp_path: Path, tiny_sd: 
     # 4 versions, 3 edits and 3 purified edits of both pictures
     assert len(page.all("img", "src")) == 2 * (4 + 3 + 3)
     assert str(tmp_path) not in page.text.replace(path.as_uri(), "")
+
+
+@pytest.mark.slow
+def test_a_purifier_that_breaks_off_names_the_picture_and_the_others_are_measured(
+    tmp_path: Path, tiny_sd: Path
+) -> None:
+    """A purifier that ran out of memory with one large picture ended the audit."""
+
+    class Narrow(Purifier):
+        def __call__(self, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+            if pixels.shape[-1] > 32:
+                raise RunFailed("jpeg75: out of memory with a picture of 40x32.")
+            return super().__call__(pixels, seed)
+
+    clean, result = two_folders(tmp_path, 3)
+    original = save(clean / "1.png", pixels(1, 32, 40))
+    record(save(result / "1.png", protected(pixels(1, 32, 40))), original)
+    asked = request(tiny_sd, purify="jpeg75")
+    place = tmp_path / "clean", tmp_path / "protected", tmp_path / "out"
+    found = run_audit(asked, *place, dry_run=True)
+    model = LatentDiffusion.load(tiny_sd)
+    work = Work(asked, found, CellStore(tmp_path / "out"), model, Ruler(model))
+    jpeg = PURIFIERS["jpeg"]
+    work.jobs[1] = (work.jobs[1][0], Narrow(jpeg, 75, None, Models()))
+    found.changes = [change_of(picture, 0, None) for picture in found.pictures]
+    found.models.append(work.run())
+    assert not found.complete
+    report = build_report(found, asked)["models"][0]
+    assert report["failed"] == {
+        "1.png, sdedit strength 0.03, jpeg75": "jpeg75: out of memory with a picture of 40x32."
+    }
+    assert report["threats"][0]["n"] == 3 and report["purifiers"][0]["n"] == 2
+
+
+def test_a_dry_run_tells_the_edits_and_makes_none(
+    tmp_path: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 pictures x 2 noises x (5 versions + 3 behind each of two purifiers) are 44 edits."""
+    two_folders(tmp_path)
+    place = tmp_path / "clean", tmp_path / "protected", tmp_path / "out"
+    found = run_audit(request(tiny_sd, purify="jpeg75,jpeg50"), *place, dry_run=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "44 edits by" in said and "(20 plain, 24 behind purifiers; 2 pictures x 2 noises)" in said
+    )
+    assert "0 of 6 measurements are there" in said and "estimate:" in said
+    assert not found.models and not (tmp_path / "out" / CELLS).exists()
+
+
+def test_what_the_change_looks_like_is_measured_once(tmp_path: Path, tiny_sd: Path) -> None:
+    """SSIM, LPIPS and JPEG of every picture at its own size were computed at every start."""
+    store, made_of = CellStore(tmp_path), {"clean": "a"}
+    calls: list[int] = []
+
+    def measure() -> dict[str, float]:
+        calls.append(1)
+        return {"psnr": 30.0}
+
+    assert store.change(made_of, measure) == store.change(made_of, measure) == {"psnr": 30.0}
+    assert len(calls) == 1 and store.change({"clean": "b"}, measure) and len(calls) == 2
+
+
+def test_reports_name_files_by_their_place_below_the_folders(tmp_path: Path, tiny_sd: Path) -> None:
+    """a/x.png and b/x.png had one entry, and a link in CLEAN made the exit code 1."""
+    clean, result = two_folders(tmp_path, 1)
+    for name in ("a", "b"):
+        (result / name).mkdir()
+        (result / name / "x.png").write_bytes(b"torn")
+    (clean / "x.png").write_bytes(b"torn")
+    (clean / "link.png").symlink_to(clean / "0.png")
+    place = clean, result, tmp_path / "out"
+    found = run_audit(request(tiny_sd, seeds=8), *place, dry_run=True)
+    found.changes = [change_of(picture, 0, None) for picture in found.pictures]
+    found.models = [ModelAudit("m", None)]
+    report = build_report(found, request(tiny_sd))
+    assert report["refused"].keys() == {"a/x.png", "b/x.png", "x.png (clean)"}
+    assert report["passed_over"] == {"link.png (clean)": "a symbolic link"}
+    found.refused.clear()
+    assert found.complete
