@@ -201,7 +201,7 @@ def main(config: ProtectConfig) -> int:
     if config.purify is not None and not config.report:
         raise UserError("--purify: needs --report, which measures with it.")
 
-    from diffkit.commands.protect_words import closing, opening
+    from diffkit.commands.protect_words import closing, hints, opening
     from diffkit.generation.engine import choose_device, choose_dtype
     from diffkit.generation.run import Processes
     from diffkit.protection.job import plan_job
@@ -218,6 +218,8 @@ def main(config: ProtectConfig) -> int:
         return _dry_run(config, request, dtype, device, processes.rank)
     model, ensemble, identity = _models(config, request, dtype, device)
     job = plan_job(request, identity)
+    for line in hints(job, request, processes.count, config.report or config.preview):
+        say(line)
     if config.preview:
         _check_previews(job, request)
     if model is not None and job.pending:

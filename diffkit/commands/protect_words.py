@@ -10,12 +10,12 @@ from typing import Any
 from diffkit.models.loading import EMBEDDED
 from diffkit.models.model_card import public_name
 from diffkit.protection.inputs import Skipped
-from diffkit.protection.job import Request
+from diffkit.protection.job import Job, Request
 from diffkit.protection.notice import notice
 from diffkit.protection.run import Outcome
 from diffkit.protection.sidecar import Sidecar, read_sidecar
 
-__all__ = ["CLEAR", "closing", "left_out", "measured", "model_name", "opening"]
+__all__ = ["CLEAR", "closing", "hints", "left_out", "measured", "model_name", "opening"]
 
 CLEAR = 1.5
 """An effect below this many times that of random noise is not clearly above it."""
@@ -61,6 +61,33 @@ def opening(request: Request, source: str, device: str, auto: bool) -> tuple[str
         lines.append(f"method: {settings.method} ({settings.row.words})")
     lines.append("What this is, and what it is not:")
     lines.extend(f"  - {line}" for line in notice(model_name(request, source)))
+    return tuple(lines)
+
+
+def hints(job: Job, request: Request, processes: int, measures: bool) -> tuple[str, ...]:
+    """What a user may not have meant, once the pictures are known.
+
+    Arguments:
+        processes: how many share the work.
+        measures: --report or --preview was given.
+    """
+    lines, units = [], len(job.pending)
+    joint = request.settings.row.joint is not None
+    if joint and units > 1 and all(len(unit.items) == 1 for unit in job.pending):
+        lines.append(
+            f"{request.settings.method} trains one surrogate for each of {units} pictures, since "
+            "they were given one by one. Give their folder to protect them together, which is "
+            "quicker and protects more."
+        )
+    if processes > max(1, units):
+        what = "folders" if joint else "pictures"
+        lines.append(f"{processes} processes share {units} {what}: the others wait.")
+    kept = sum(item.done for item in job.items)
+    if measures and kept:
+        lines.append(
+            f"--report and --preview are made with a result; {kept} are there already, and "
+            "`diffkit audit` measures those."
+        )
     return tuple(lines)
 
 
@@ -173,8 +200,8 @@ def _ratios(values: Sequence[float | None], clear: Sequence[bool] | None = None)
 
 def _edits(effects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By distance, what --report measured on edits."""
-    rows = [effect.get("sdedit", {}).get("distances", {}) for effect in effects]
-    names = {name: None for row in rows for name, entry in row.items() if "clear" in entry}
+    rows = [effect.get("sdedit", {}).get("numbers", {}) for effect in effects]
+    names = {name: None for row in rows for name, entry in row.items() if "over_random" in entry}
     found = {}
     for name in names:
         entries = [row[name] for row in rows if name in row]

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
-        state: Any = PartialState(cpu=device == "cpu")
+        # Shares may be uneven by hours: one process may have all of the only folder.
+        state: Any = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
         mine = str(state.device) if device == "auto" else device
         return cls(state.process_index, state.num_processes, state.wait_for_everyone, mine)
 

@@ -90,6 +90,8 @@ def read_metadata(image: Image.Image, data: bytes, turned: int) -> tuple[Metadat
         exif, orientation, preview = settle_exif(exif)
         if preview:
             notices.append("the preview inside the EXIF block is left out, it would be unprotected")
+    if info.get("photoshop"):
+        notices.append("IPTC and Photoshop blocks are not kept; EXIF and XMP are")
     xmp = info.get("xmp")
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
     if xmp is not None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffkit import __version__
@@ -26,12 +26,19 @@ from diffkit.protection.inputs import (
 )
 from diffkit.protection.rounds import attack_rounds, training_steps
 from diffkit.protection.settings import Settings
-from diffkit.protection.sidecar import parameter_digest, remove_leftovers, state
+from diffkit.protection.sidecar import (
+    is_result,
+    parameter_digest,
+    remove_leftovers,
+    sidecar_path,
+    state,
+)
 from diffkit.protection.targets import target_digest
 
 __all__ = ["Item", "Job", "Request", "Unit", "plan_job"]
 
 _SHOWN = 5
+_LONGEST_NAME = 255  # bytes, on nearly all file systems
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,8 @@ def plan_job(request: Request, model: dict[str, Any] | None) -> Job:
     """
     inputs, skipped = find_pictures(request.paths, request.output)
     names = output_names(inputs, request.keep_jpeg)
+    inputs, too_long = _with_room(inputs, names, request.output)
+    skipped = [*skipped, *too_long]
     check_originals(inputs, names, request.output)
     if model is not None:
         check_writable(request.output)
@@ -264,14 +273,39 @@ def _with_states(items: list[Item], overwrite: bool) -> list[Item]:
         if found == "other":
             foreign.append(item.output)
         checked.append(dataclasses.replace(item, done=found == "done"))
-    if foreign and not overwrite:
-        names = ", ".join(os.fspath(path) for path in foreign[:_SHOWN])
-        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+    if overwrite:
+        strangers = [path for path in foreign if not is_result(path)]
+        if strangers:
+            raise UserError(
+                f"{_listed(strangers)}: not made by diffkit protect, so --overwrite does not "
+                "replace it. Give another --output, or move it away."
+            )
+    elif foreign:
         raise UserError(
-            f"{names}{more}: there already, but not made from these pictures with these settings. "
-            "Give another --output, or --overwrite to replace them."
+            f"{_listed(foreign)}: there already, but not made from these pictures with these "
+            "settings. Give another --output, or --overwrite to replace them."
         )
     return checked
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    names = ", ".join(os.fspath(path) for path in paths[:_SHOWN])
+    return names + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+
+
+def _with_room(
+    inputs: Sequence[Input], names: Mapping[PurePosixPath, PurePosixPath], output: Path
+) -> tuple[list[Input], list[Skipped]]:
+    """The inputs whose result and record have names that a disk can hold, and the others."""
+    kept, skipped = [], []
+    for source in inputs:
+        length = len(os.fsencode(sidecar_path(output / names[source.relative]).name))
+        if length <= _LONGEST_NAME:
+            kept.append(source)
+        else:
+            reason = f"its name is too long for a record beside it; shorten it by {length - 255}"
+            skipped.append(Skipped(source.path, f"{reason} bytes or more"))
+    return kept, skipped
 
 
 def _units(items: list[Item], joint: bool) -> list[Unit]:

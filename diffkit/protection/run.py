@@ -15,9 +15,10 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.companions import class_pictures, read_folder
 from diffkit.protection.inputs import Skipped
 from diffkit.protection.job import Job, Request, Unit
+from diffkit.protection.record import Extra
 from diffkit.protection.rounds import work_of
 from diffkit.protection.settings import Settings
-from diffkit.protection.worker import Extra, Worker
+from diffkit.protection.worker import Worker
 
 __all__ = ["Outcome", "run_job"]
 

@@ -167,8 +167,12 @@ def read_sidecar(output: str | os.PathLike[str]) -> Sidecar:
         sizes = tuple((int(height), int(width)) for height, width in record.working_sizes)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: misses entries of a protected picture ({error}).") from error
-    lists = {"notices": tuple(record.notices), "ensemble": tuple(record.ensemble)}
-    return dataclasses.replace(record, working_sizes=sizes, **lists)
+    return dataclasses.replace(
+        record,
+        working_sizes=sizes,
+        notices=tuple(record.notices),
+        ensemble=tuple(record.ensemble),
+    )
 
 
 def parameter_digest(parameters: Mapping[str, Any]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +14,21 @@ from torch import Tensor
 
 from diffkit.console import warn
 from diffkit.errors import RunFailed, UserError
+from diffkit.files import storage_errors, write_json
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.models.model_card import public_name
-from diffkit.perceptual.pixels import psnr, ssim
-from diffkit.protection.amplification import amplification_ratio
-from diffkit.protection.image_file import Encoded, Picture, Unreadable, encode_picture, read_picture
+from diffkit.protection.image_file import Picture, Unreadable, encode_picture, read_picture
 from diffkit.protection.image_pixels import refusals
 from diffkit.protection.inputs import image_seed
 from diffkit.protection.job import Item, Request, Unit
 from diffkit.protection.joint import protect_set
 from diffkit.protection.memory import Effort, with_fallback, with_less
 from diffkit.protection.pgd import random_noise
-from diffkit.protection.protect import ProtectionResult, budget_weight, plan_for, protect
-from diffkit.protection.sidecar import Sidecar, publish
+from diffkit.protection.protect import ProtectionResult, budget_weight, prepared, protect
+from diffkit.protection.record import Extra, Finished, Recorder
+from diffkit.protection.sidecar import Sidecar, publish, sidecar_path
+from diffkit.protection.surrogate import Surrogate
 
-__all__ = ["Extra", "Finished", "Worker"]
-
-Extra = Callable[["Finished"], Mapping[str, Any]]
-"""What else is to be put on record of a finished picture: entries of its `Sidecar`."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A picture whose result is encoded, about to be written.
-
-    Attributes:
-        item: what and where.
-        picture: as it was read.
-        encoded: as it will be written; its pixels are those that count.
-        stats: of the attack.
-        control: random noise of the same budget on the same picture, uint8 (C, H, W).
-    """
-
-    item: Item
-    picture: Picture
-    encoded: Encoded
-    stats: Mapping[str, Any]
-    control: Tensor
+__all__ = ["Worker", "largest_passing", "read_mask"]
 
 
 @dataclass
@@ -96,6 +73,10 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.effort = Effort(self.request.batch_size, self.request.lean)
+        self._surrogates: list[Surrogate] = []
+        self.recorder = Recorder(
+            self.request.settings, self.model, self.ensemble, self.extras, self.perceptual
+        )
 
     def run(self, units: Sequence[Unit]) -> None:
         """All units in order; failures are kept in `failed`."""
@@ -103,10 +84,17 @@ class Worker:
             for unit in units:
                 self._run_set(unit)
             return
-        waiting: list[_Opened] = []
         items = [item for unit in units for item in unit.items if not item.done]
         if self.effort.batch_size > 1:
             items.sort(key=lambda item: item.source.header.size)  # so that batches fill
+        if not items:
+            return
+        with prepared(self.model, self.request.settings, self.ensemble) as self._surrogates:
+            self._run_each(items)
+
+    def _run_each(self, items: Sequence[Item]) -> None:
+        """One after the other, pictures of one size together."""
+        waiting: list[_Opened] = []
         for item in items:
             opened = self._open(item)
             if opened is None:
@@ -183,8 +171,11 @@ class Worker:
         try:
             results = with_fallback(rows, self.effort, self._attack, names)
         except (RunFailed, UserError) as error:
-            for row in rows:
-                self.fail(row.item, str(error))
+            if len(rows) == 1:
+                self.fail(rows[0].item, str(error))
+                return
+            for row in rows:  # one of them spoiled it for all
+                self._protect([row])
             return
         for row, result in zip(rows, results, strict=True):
             self.finish(row, result)
@@ -197,11 +188,9 @@ class Worker:
     def _at_levels(
         self, rows: Sequence[_Opened], lean: bool, levels: int | None
     ) -> list[ProtectionResult]:
-        import dataclasses
-
         settings = self.request.settings
         if levels is not None:
-            settings = dataclasses.replace(settings, levels=levels)
+            settings = replace(settings, levels=levels)
         return protect(
             torch.stack([row.picture.pixels for row in rows]),
             self.model,
@@ -211,6 +200,7 @@ class Worker:
             mask=_stacked([row.mask for row in rows]),
             ensemble=self.ensemble,
             lean=lean,
+            surrogates=self._surrogates,
             each=lambda step: self.each(len(rows)),
         )
 
@@ -222,7 +212,7 @@ class Worker:
 
         def attempt(levels: int) -> tuple[ProtectionResult, bool]:
             result = self._at_levels([row], lean, levels)[0]
-            return result, self._lpips(clean, result.pixels) <= limit
+            return result, self.recorder.lpips(clean, result.pixels) <= limit
 
         asked = self.request.settings.rule().levels
         levels, found = largest_passing(attempt, asked)
@@ -234,20 +224,38 @@ class Worker:
     # -- measuring and writing ----------------------------------------------------------------
 
     def finish(self, row: _Opened, result: ProtectionResult) -> None:
-        """Encode, measure and write one picture."""
+        """Encode, measure and write one picture; then what the extras measure of it.
+
+        Raises `RunFailed` when the disk is full: nothing that follows could be saved either.
+        """
         item, picture = row.item, row.picture
+        levels = result.stats.get("levels", self.request.settings.rule().levels)
         try:
             name = str(item.source.path)
             encoded = encode_picture(picture, result.pixels, self.request.keep_jpeg, name)
-            levels = result.stats.get("levels", self.request.settings.rule().levels)
-            control = self._control(row, levels)
-            done = Finished(item, picture, encoded, result.stats, control)
-            item.output.parent.mkdir(parents=True, exist_ok=True)
-            publish(item.output, encoded.data, self._record(done, levels))
-        except RunFailed as error:
+            done = Finished(item, picture, encoded, result.stats, self._control(row, levels))
+            record = self.recorder.record(done, levels)
+        except (RunFailed, UserError) as error:
+            self.fail(item, str(error))
+            return
+        try:
+            with storage_errors(item.output):
+                item.output.parent.mkdir(parents=True, exist_ok=True)
+                publish(item.output, encoded.data, record)
+        except UserError as error:
             self.fail(item, str(error))
             return
         self.made.append(item.output)
+        if self.extras:
+            self._measure_more(done, record)
+
+    def _measure_more(self, done: Finished, record: Sidecar) -> None:
+        try:
+            record = self.recorder.more(done, record)
+        except (RunFailed, UserError) as error:
+            warn(f"{done.item.source.path}: saved, but not measured further: {error}")
+            record = replace(record, notices=(*record.notices, f"not measured further: {error}"))
+        write_json(sidecar_path(done.item.output), record.as_json())
 
     def _control(self, row: _Opened, levels: int) -> Tensor:
         """Random noise of the same budget, in the same pixels."""
@@ -255,60 +263,6 @@ class Worker:
         pixels = row.picture.pixels[None]
         weight = budget_weight(pixels, self.request.settings, *rows)
         return random_noise(pixels, levels, [row.seed], weight)[0]
-
-    def _record(self, done: Finished, levels: int) -> Sidecar:
-        settings, clean, q = self.request.settings, done.picture.pixels, done.encoded.pixels
-        delta = (q.short() - clean.short()).abs().float()
-        sizes: list[tuple[int, int]] = []
-        effect: dict[str, Any] = {"random_control": self._distances(clean, done.control)}
-        if self.model is not None and settings.row.loss is not None:
-            plan = plan_for(self.model, settings, *clean.shape[-2:])
-            sizes = list(plan.shapes)
-            gain = amplification_ratio(self.model.codec, clean, q, done.control, plan.whole[0])
-            effect["encoder_amplification_over_random"] = gain
-        more: dict[str, Any] = dict(self._distances(clean, q))
-        for extra in self.extras:
-            more |= extra(done)
-        effect |= more.pop("effect", {})
-        return Sidecar(
-            method=settings.method,
-            levels=levels,
-            steps=settings.rule().steps if settings.row.loss is not None else 0,
-            model=None if self.model is None else public_name(self.model.source),
-            model_revision=None if self.model is None else self.model.revision,
-            target=settings.shown_target or None,
-            prompt=None if self.model is None else settings.prompt_for(self.model) or None,
-            seed=settings.seed,
-            input_sha256=done.item.digest,
-            output_sha256=done.encoded.digest,
-            parameter_sha256=done.item.parameters,
-            views=len(sizes),
-            working_sizes=tuple(sizes),
-            max_delta=float(delta.max()),
-            mean_delta=float(delta.mean()),
-            ssim=_finite(float(ssim(clean[None], q[None]))),
-            skipped_steps=int(done.stats.get("skipped_steps", 0)),
-            loss_first=done.stats.get("score_first"),
-            loss_last=done.stats.get("score_last"),
-            surrogate_change=done.stats.get("surrogate_change"),
-            effect=effect,
-            notices=done.encoded.notices,
-            **more,
-        )
-
-    def _distances(self, clean: Tensor, other: Tensor) -> dict[str, float | None]:
-        """PSNR, None for equal pictures, and LPIPS, None without its network."""
-        return {
-            "psnr": None if torch.equal(clean, other) else float(psnr(clean[None], other[None])),
-            "lpips": None if self.perceptual is None else self._lpips(clean, other),
-        }
-
-    def _lpips(self, clean: Tensor, other: Tensor) -> float:
-        from diffkit.protection.budget import as_signed
-
-        pair = [as_signed(x[None].expand(-1, 3, -1, -1)) for x in (clean, other.cpu())]
-        with torch.no_grad():
-            return float(self.perceptual(*pair))
 
 
 def largest_passing(
@@ -349,7 +303,3 @@ def read_mask(path: Any, pixels: Tensor) -> Tensor:
 def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
     found = [row for row in rows if row is not None]
     return torch.stack(found) if found else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

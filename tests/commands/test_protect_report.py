@@ -18,8 +18,8 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.image_file import encode_picture, open_picture
 from diffkit.protection.job import Item, Request, plan_job
 from diffkit.protection.pgd import random_noise
+from diffkit.protection.record import Finished
 from diffkit.protection.settings import Settings
-from diffkit.protection.worker import Finished
 from tests.audit.pictures import build_inpainting, pixels, protected, save
 
 

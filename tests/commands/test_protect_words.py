@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from PIL import Image
 
 from diffkit.commands import protect_estimate
 from diffkit.commands.protect_estimate import Models, estimate_job
-from diffkit.commands.protect_words import closing, measured, opening
+from diffkit.commands.protect_words import closing, hints, measured, opening
 from diffkit.errors import UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.skeleton import skeleton, skeleton_of
 from diffkit.protection.estimate import StepShape, estimate_step
-from diffkit.protection.inputs import Skipped
-from diffkit.protection.job import Request, plan_job
+from diffkit.protection.image_file import Header
+from diffkit.protection.inputs import Input, Skipped
+from diffkit.protection.job import Item, Job, Request, Unit, plan_job
 from diffkit.protection.run import Outcome
 from diffkit.protection.settings import Settings
 from diffkit.protection.sidecar import Sidecar, publish
@@ -32,17 +34,9 @@ def result(path: Path, **values: Any) -> Path:
     blank = dict.fromkeys(("model", "model_revision", "target", "prompt"))
     zero = dict.fromkeys(("steps", "seed", "views", "mean_delta"), 0)
     digests = dict.fromkeys(("input_sha256", "parameter_sha256"), "0")
-    import hashlib
-
     found = {"levels": 8, "max_delta": 8.0, "working_sizes": (), **values}
-    record = Sidecar(
-        "texture",
-        output_sha256=hashlib.sha256(data).hexdigest(),
-        **blank,
-        **zero,
-        **digests,
-        **found,
-    )
+    digests["output_sha256"] = hashlib.sha256(data).hexdigest()
+    record = Sidecar("texture", **blank, **zero, **digests, **found)
     publish(path, data, record)
     return path
 
@@ -87,7 +81,7 @@ def test_reports_and_retention_are_told(tmp_path: Path) -> None:
             tmp_path / f"{i}.png",
             psnr=30.0,
             effect=effect(4.0)
-            | {"sdedit": {"distances": {"lpips": entry(2.0 + i, i > 0), "psnr": {"effect": {}}}}},
+            | {"sdedit": {"numbers": {"lpips": entry(2.0 + i, i > 0), "psnr": {"effect": {}}}}},
             purification={
                 "jpeg75": {"lpips": {"protected": left, "random": {"value": 0.25}}},
             },
@@ -98,6 +92,23 @@ def test_reports_and_retention_are_told(tmp_path: Path) -> None:
     assert "Edits changed (lpips) 3 times as much as under random noise" in text
     assert "warning: on 1 of 3 pictures" in text and "(psnr)" not in text
     assert "jpeg75 50% of the effect by lpips (of random noise's: 25%)" in text
+
+
+def test_hints_say_what_may_not_be_meant(tmp_path: Path) -> None:
+    def unit(*done: bool) -> Unit:
+        source = Input(
+            tmp_path / "a.png", tmp_path, PurePosixPath("a.png"), Header("PNG", True, (8, 8))
+        )
+        return Unit(tuple(Item(source, tmp_path / "b.png", "0", "0", None, d) for d in done))
+
+    joint = replace(request_of(tmp_path), settings=Settings("ace"))
+    apart = Job((unit(False), unit(False), unit(True)))
+    first, second, third = hints(apart, joint, 4, True)
+    assert "one surrogate for each of 2 pictures" in first
+    assert "4 processes share 2 folders" in second
+    assert "1 are there already" in third
+    assert hints(Job((unit(False, False),)), joint, 1, False) == ()
+    assert hints(apart, request_of(tmp_path), 1, False) == ()
 
 
 def test_an_unchanged_picture_and_nothing_to_do(tmp_path: Path) -> None:

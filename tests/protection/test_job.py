@@ -72,6 +72,31 @@ def test_what_is_done_is_not_pending(request_of: Request) -> None:
     assert len(plan_job(joint, MODEL).pending) == 2
 
 
+def test_a_strangers_picture_is_never_replaced(request_of: Request) -> None:
+    """--overwrite replaced whatever was there: protecting IMG.jpg into its own folder destroyed the
+    artist's IMG.png beside it."""
+    item = plan_job(request_of, MODEL).items[0]
+    item.output.parent.mkdir(parents=True, exist_ok=True)
+    item.output.write_bytes(b"not ours")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=item.output.name):
+            plan_job(replace(request_of, overwrite=overwrite), MODEL)
+    item.output.unlink()
+    finish(item)
+    other = replace(request_of, overwrite=True, settings=replace(request_of.settings, seed=5))
+    assert len(plan_job(other, MODEL).pending) == 4
+
+
+def test_a_name_without_room_for_a_record_is_skipped(request_of: Request) -> None:
+    """The picture was written and its record could not be; every later run ended in a traceback."""
+    long = request_of.paths[0] / ("\N{CJK UNIFIED IDEOGRAPH-753B}" * 83 + ".png")  # 253 bytes
+    long.write_bytes(encoded(Image.fromarray(noise(9, 8)), "PNG"))
+    job = plan_job(request_of, MODEL)
+    assert long not in [item.source.path for item in job.items]
+    (skipped,) = [one for one in job.skipped if one.path == long]
+    assert "shorten it by 3 bytes" in skipped.reason
+
+
 def test_an_added_picture_makes_another_set(request_of: Request) -> None:
     """Pictures of a set are protected together, so all that were done belong to another job."""
     joint = replace(request_of, settings=Settings("ace"))
@@ -98,8 +123,8 @@ def test_every_choice_makes_another_job_and_names_do_not(
     changed = [
         replace(request_of, settings=replace(settings, **{name: value}))
         for name, value in {
-            "method": "photoguard", "levels": 9, "steps": 7, "step_levels": 0.5, "target": "checker",
-            "seed": 1, "momentum": 1.0, "random_start": False, "contrast": True, "views": 2,
+            "method": "photoguard", "levels": 9, "steps": 7, "step_levels": 0.5,
+            "target": "checker", "seed": 1, "momentum": 1.0, "random_start": False, "contrast": True, "views": 2,
         }.items()
     ]  # fmt: skip
     changed += [replace(request_of, mask=mask), replace(request_of, mask=other)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,14 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffkit.errors import RunFailed, UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.image_file import open_picture
 from diffkit.protection.image_pixels import Unreadable
 from diffkit.protection.job import Request, plan_job
 from diffkit.protection.protect import ProtectionResult
+from diffkit.protection.record import Finished, Recorder, _or_none
 from diffkit.protection.settings import Settings
 from diffkit.protection.sidecar import read_sidecar
-from diffkit.protection.worker import Finished, Worker, largest_passing, read_mask
+from diffkit.protection.worker import Worker, largest_passing, read_mask
 from tests.protection.gallery import encoded, noise
 
 Loader = Callable[[str], LatentDiffusion]
@@ -150,6 +153,10 @@ def test_bisection_finds_the_largest_that_passes(limit: int) -> None:
 class _LargestChange(nn.Module):
     """In place of LPIPS: the largest change in levels, whose answer is known."""
 
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1, device=device))
+
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
         return (one - other).abs().amax() * 127.5
 
@@ -168,6 +175,77 @@ def test_lpips_lowers_the_budget_of_each_picture(
     record = read_sidecar(worker.made[0])
     assert (record.levels, record.max_delta, record.psnr) == (0, 0, None)
     assert "no budget keeps LPIPS within 0.5; left as it is" in capsys.readouterr().err
+
+
+def test_lpips_runs_where_its_network_is() -> None:
+    """Both pictures stayed on the CPU while the network was on the GPU: every CUDA run with LPIPS
+    weights at hand ended in a traceback after its first attack."""
+    recorder = Recorder(Settings("random"), None, perceptual=_LargestChange("meta"))
+    clean = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="meta"):  # the result is there, its value cannot be read
+        recorder.lpips(clean, clean)
+
+
+def test_too_small_for_lpips_is_said_and_no_reason_to_fail() -> None:
+    """Sides below 32 pixels broke off in the middle of AlexNet, and the run with them."""
+    recorder = Recorder(Settings("random"), None, perceptual=_LargestChange())
+    small = torch.zeros(3, 31, 40, dtype=torch.uint8)
+    with pytest.raises(UserError, match="40x31 pixels are too few for LPIPS"):
+        recorder.lpips(small, small)
+    assert recorder._distances(small, small, []) == {"psnr": None, "lpips": None}
+
+
+def test_a_measure_without_memory_is_null_and_named() -> None:
+    def exhausted() -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    notices: list[str] = []
+    assert _or_none(exhausted, "LPIPS", notices) is None
+    assert notices == ["LPIPS was not measured: out of memory"]
+
+
+def test_a_result_survives_an_extra_that_fails(request_of: Request, model: LatentDiffusion) -> None:
+    """Extras ran before the picture was written: hours of an attack were lost with them."""
+
+    def failing(done: Finished) -> dict[str, Any]:
+        raise RunFailed("no memory for edits")
+
+    worker = work(request_of, model, extras=[failing])
+    assert worker.failed == {} and len(worker.made) > 0
+    record = read_sidecar(worker.made[0])
+    assert record.notices[-1] == "not measured further: no memory for edits"
+
+
+def test_a_full_disk_ends_the_run(
+    request_of: Request, model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each further picture was attacked in full, only to be no more savable than the first."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffkit.protection.worker.publish", full)
+    steps: list[int] = []
+    with pytest.raises(RunFailed, match="the disk is full"):
+        work(request_of, model, each=steps.append)
+    assert len(steps) == 2  # of the first picture
+
+
+def test_one_bad_picture_does_not_spoil_its_batch(
+    request_of: Request, model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture whose gradient is not finite failed all pictures attacked with it."""
+    attack = Worker._attack
+
+    def sometimes(self: Worker, rows: Any, lean: bool) -> Any:
+        if any(row.item.source.path.name == "2.png" for row in rows):
+            raise RunFailed("the gradient was not finite")
+        return attack(self, rows, lean)
+
+    monkeypatch.setattr(Worker, "_attack", sometimes)
+    worker = work(replace(request_of, batch_size=4), model)
+    assert [Path(path).name for path in worker.failed] == ["2.png"]
+    assert sorted(path.name for path in worker.made) == ["0.png", "1.png", "3.png", "4.png"]
 
 
 def test_a_file_that_changes_under_way_is_not_mixed_up(
