@@ -23,8 +23,8 @@ from diffkit.files import atomic_write
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.perceptual.delta import amplified_difference
 from diffkit.protection.job import Request
+from diffkit.protection.record import Extra, Finished
 from diffkit.protection.views import View
-from diffkit.protection.worker import Extra, Finished
 
 __all__ = ["SEEDS", "STRENGTH", "effect_of", "preview_of"]
 
