@@ -124,7 +124,8 @@ def test_every_choice_makes_another_job_and_names_do_not(
         replace(request_of, settings=replace(settings, **{name: value}))
         for name, value in {
             "method": "photoguard", "levels": 9, "steps": 7, "step_levels": 0.5,
-            "target": "checker", "seed": 1, "momentum": 1.0, "random_start": False, "contrast": True, "views": 2,
+            "target": "checker", "seed": 1, "momentum": 1.0, "random_start": False,
+            "contrast": True, "views": 2,
         }.items()
     ]  # fmt: skip
     changed += [replace(request_of, mask=mask), replace(request_of, mask=other)]
