@@ -117,7 +117,7 @@ def closing(outcome: Outcome, request: Request, source: str) -> tuple[str, ...]:
     found = measured(outcome.made)
     lines.extend(_change(found))
     lines.extend(_effect(found, request, source))
-    lines.append(f"Left after purification: {_left(found['purification'])}.")
+    lines.extend(_left(found["purification"]))
     lines.append(notice(model_name(request, source))[-1])
     return tuple(lines)
 
@@ -174,8 +174,8 @@ def _effect(found: Mapping[str, Any], request: Request, source: str) -> list[str
             continue
         what = names.get(key, f"Edits changed ({key})")
         lines.append(
-            f"{what} {row['median']:.2g} times as much as under random noise of equal budget, "
-            f"median of {total} (least {row['least']:.2g})."
+            f"{what} {_times(row['median'])} times as much as under random noise of equal budget, "
+            f"median of {total} (least {_times(row['least'])})."
         )
         if row["unclear"]:
             lines.append(
@@ -225,15 +225,23 @@ def _retention(records: Sequence[Sidecar]) -> dict[str, dict[str, Any]] | None:
     return found or None
 
 
-def _left(found: Mapping[str, Mapping[str, Any]] | None) -> str:
+def _left(found: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
     if found is None:
-        return "not measured (--report --purify jpeg75,resize measures it)"
-    parts = []
+        return [
+            "Left after purification: not measured (--report --purify jpeg75,resize measures it)."
+        ]
+    lines = ["Left of the effect after purification, median (in brackets: of random noise's):"]
     for name, distances in found.items():
+        parts = []
         for distance, row in distances.items():
             mine, floor = (_percent(row[key]) for key in ("protected", "random"))
-            parts.append(f"{name} {mine} of the effect by {distance} (of random noise's: {floor})")
-    return "; ".join(parts)
+            parts.append(f"{distance} {mine} ({floor})")
+        lines.append(f"  {name}: {', '.join(parts)}")
+    return lines
+
+
+def _times(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _percent(value: float | None) -> str:

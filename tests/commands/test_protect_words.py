@@ -91,7 +91,7 @@ def test_reports_and_retention_are_told(tmp_path: Path) -> None:
     text = "\n".join(closing(Outcome(outputs, 0), request_of(tmp_path), "m/x"))
     assert "Edits changed (lpips) 3 times as much as under random noise" in text
     assert "warning: on 1 of 3 pictures" in text and "(psnr)" not in text
-    assert "jpeg75 50% of the effect by lpips (of random noise's: 25%)" in text
+    assert "  jpeg75: lpips 50% (25%)" in text.splitlines()
 
 
 def test_hints_say_what_may_not_be_meant(tmp_path: Path) -> None:
