@@ -212,7 +212,7 @@ def test_what_is_no_picture_fails_nothing(
         (["--purify", "jpeg75"], "--purify: needs --report"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--prompt", "a cat", "--method", "texture"], "--prompt: does nothing"),
-        (["--method", "pid", "--random-start", "False"], "random_start: pid needs it"),
+        (["--method", "pid", "--random-start", "False"], "--random-start: pid needs it"),
         (["--method", "diffusionguard"], "needs an inpainting model"),
         (["--method", "sds-", "--tiles"], "--tiles: does nothing"),
         (["--mask", "nowhere.png"], "no such file or folder"),
