@@ -57,7 +57,9 @@ def to_levels(x: Tensor, pixels: Tensor, levels: int, weight: Tensor | None = No
     if weight is None:
         reach = torch.full_like(start, levels)
     else:
-        # a weight of 1/4 in float32 must not turn 8 levels into 1.9999
-        reach = torch.floor(levels * weight.double() + 1e-6).to(torch.int16)
+        # A weight of 1/4 in float32 must not turn 8 levels into 1.9999. On the CPU, for some GPUs
+        # have no float64.
+        exact = torch.floor(levels * weight.cpu().double() + 1e-6)
+        reach = exact.to(start.device, torch.int16)
     q = torch.minimum(torch.maximum(q, start - reach), start + reach)
     return q.clamp(0, 255).to(torch.uint8)

@@ -107,8 +107,7 @@ def _given(scene: Scene, z: Tensor) -> Tensor:
     """What an inpainting model gets beside z_t: the mask (1 paints) and z, (B, 1 + C, h, w)."""
     if not scene.surrogate.inpaints:
         raise UserError("this method is for inpainting models, whose denoiser takes a mask.")
-    if scene.keep is None:
-        raise UserError("an inpainting model needs --mask: white where the picture is kept.")
+    assert scene.keep is not None
     painted = 1 - interpolate(scene.keep, z.shape[-2:], mode="nearest")
     return torch.cat([painted.to(z), z], 1)
 

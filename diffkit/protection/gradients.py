@@ -6,7 +6,7 @@ with J_v the Jacobian of the view (crop and resize) and J_E that of the encoder;
 picture, weighted by their windows and summed, count as one view. All losses depend on the pixels
 through the encoder's moments alone, so K draws of noise and time cost K passes of the denoiser and
 one of the encoder. With input transforms each draw sees another picture and needs an encoder pass
-of its own.
+of its own. Every view has draws of its own.
 
 Plain: the encoder's graph is kept while c is computed, but for what frozen layers can do without
 (`models.sparing`). Lean: the encoder runs without a graph, c is computed, and the encoder's
@@ -25,6 +25,7 @@ from torch.nn.functional import interpolate
 
 from diffkit.models.conditioner import Sizes
 from diffkit.models.sparing import sparing
+from diffkit.protection.budget import as_signed
 from diffkit.protection.methods import Method
 from diffkit.protection.outline import shrink_outline
 from diffkit.protection.scene import Scene
@@ -32,6 +33,7 @@ from diffkit.protection.surrogate import Surrogate
 from diffkit.protection.targets import draw_target
 from diffkit.protection.transforms import TRANSFORMS
 from diffkit.protection.views import View, ViewPlan
+from diffkit.randomness import address as seed_of
 from diffkit.randomness import normal, uniform
 
 __all__ = ["HELD_OUT", "Draws", "ImageGradient", "Pictures"]
@@ -45,16 +47,21 @@ class Pictures:
     """Pictures of one size that are attacked together.
 
     Attributes:
-        clean: (B, C, H, W) float32 in [-1, 1], C = 3 or 1 for grey ones.
+        pixels: uint8 (B, C, H, W) of the clean pictures, C = 3 or 1 for grey ones.
         seeds: one a picture: all its draws are addressed by it.
         alpha: (B, 1, H, W) float32 in [0, 1]; the model sees the picture on white. None is opaque.
         keep: (B, 1, H, W) 1 where an editor keeps the picture; only for methods against editing.
     """
 
-    clean: Tensor
+    pixels: Tensor
     seeds: Sequence[int]
     alpha: Tensor | None = None
     keep: Tensor | None = None
+
+    @property
+    def clean(self) -> Tensor:
+        """The same as x, (B, C, H, W) float32 in [-1, 1]; made anew, for there may be many."""
+        return as_signed(self.pixels)
 
     def shown(self, x: Tensor) -> Tensor:
         """What the model sees of x: (B, 3, H, W). Grey is one channel shown three times."""
@@ -69,13 +76,13 @@ class Pictures:
             return None if x is None else x.to(device)
 
         alpha, keep = moved(self.alpha), moved(self.keep)
-        return replace(self, clean=self.clean.to(device), alpha=alpha, keep=keep)
+        return replace(self, pixels=self.pixels.to(device), alpha=alpha, keep=keep)
 
     def select(self, rows: slice) -> Pictures:
         """Some of the pictures."""
         alpha = None if self.alpha is None else self.alpha[rows]
         keep = None if self.keep is None else self.keep[rows]
-        return Pictures(self.clean[rows], list(self.seeds)[rows], alpha, keep)
+        return Pictures(self.pixels[rows], list(self.seeds)[rows], alpha, keep)
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,8 @@ class ImageGradient:
         alone = len(groups) * len(self.surrogates) == 1
         for number in range(len(self.surrogates)):
             tiles = torch.zeros_like(x) if self.plan.tiling else None
-            for views in groups:
-                g = self._view_gradient(x, views, step, number, u)
+            for place, views in enumerate(groups):
+                g = self._view_gradient(x, views, step, number, u, place)
                 if tiles is not None and views[0].windowed:
                     tiles += g
                 else:
@@ -153,8 +160,8 @@ class ImageGradient:
         Its size can be compared from time to time; `at` divides views by their mean size.
         """
         total = torch.zeros_like(x)
-        for view in self.plan.whole:
-            total += self._view_gradient(x, [view] * len(x), step, 0, u)
+        for place, view in enumerate(self.plan.whole):
+            total += self._view_gradient(x, [view] * len(x), step, 0, u, place)
         return total
 
     def score(self, x: Tensor) -> Tensor:
@@ -166,9 +173,9 @@ class ImageGradient:
         # one draw where nothing is drawn
         count = HELD_OUT if self.method.denoiser != "none" or self.draws.sampled else 1
         with torch.no_grad():
-            for views in groups:
+            for place, views in enumerate(groups):
                 for number in range(len(self.surrogates)):
-                    moments, frame = self._encoded(x, views, number, -1)
+                    moments, frame = self._encoded(x, views, number, -1, place)
                     for k in range(count):
                         scene = self._scene(moments, frame, number, ("held out", k), None)
                         values += judged(scene).float() / (count * len(groups))
@@ -182,14 +189,21 @@ class ImageGradient:
         return [list(group) for group in zip(*rows, strict=True)]
 
     def _view_gradient(
-        self, x: Tensor, views: list[View], step: int, number: int, u: Tensor | None
+        self,
+        x: Tensor,
+        views: list[View],
+        step: int,
+        number: int,
+        u: Tensor | None,
+        place: int = 0,
     ) -> Tensor:
+        """That of the step's view number `place`."""
         if not self.draws.transforms:
             addresses = [(step, k) for k in range(self.draws.count)]
-            return self._passed(x, views, number, step, addresses, None, u)
+            return self._passed(x, views, number, step, addresses, None, u, place)
         total = torch.zeros_like(x)
         for k in range(self.draws.count):
-            total += self._passed(x, views, number, step, [(step, k)], k, u)
+            total += self._passed(x, views, number, step, [(step, k)], k, u, place)
         return total / self.draws.count
 
     def _passed(
@@ -201,30 +215,42 @@ class ImageGradient:
         addresses: Sequence[tuple[int, int]],
         transformed: int | None,
         u: Tensor | None,
+        place: int = 0,
     ) -> Tensor:
         """One pass of the encoder: the cotangents of some draws, pulled back to the pixels."""
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            images, frame = self._framed(leaf, views, number, step)
-            if transformed is not None:
-                images = self._transform(images, step, transformed)
+            images, frame = self._framed(leaf, views, number, step, transformed, place)
         window = _window(views)
 
         def cotangent(moments: Tensor) -> Tensor:
             total = torch.zeros_like(moments)
             for address in addresses:
                 start = moments.detach().requires_grad_()
+                scale = self._scale(number, start)
                 with torch.enable_grad():
                     scene = self._scene(start, frame, number, address, u)
                     assert self.method.loss is not None
-                    value = self.method.loss(scene).sum()
-                    total += torch.autograd.grad(value, start)[0]
+                    value = scale * self.method.loss(scene).sum()
+                    total += torch.autograd.grad(value, start)[0] / scale
             total /= len(addresses)
             return total if window is None else total * _resized(window, total)
 
         pulled = self._pull(self.surrogates[number], images.detach(), cotangent)
         (g,) = torch.autograd.grad(images, leaf, pulled)
         return g
+
+    def _scale(self, number: int, moments: Tensor) -> float:
+        """What a loss is multiplied with on its way through the denoiser, 1 for most.
+
+        Gradients of a mean over many latents fall below what float16 can hold. Losses of whole
+        edits are sums, whose gradients do not.
+        """
+        denoiser = self.surrogates[number].denoiser
+        means = self.method.denoiser == "backward" and not self.method.edits
+        if denoiser is None or not means or denoiser.dtype != torch.float16:
+            return 1.0
+        return float(self.surrogates[number].codec.channels * moments[0, 0].numel())
 
     def _pull(
         self, surrogate: Surrogate, images: Tensor, cotangent: Callable[[Tensor], Tensor]
@@ -248,16 +274,30 @@ class ImageGradient:
         return pulled * sizes[0]
 
     def _encoded(
-        self, x: Tensor, views: list[View], number: int, step: int
+        self, x: Tensor, views: list[View], number: int, step: int, place: int = 0
     ) -> tuple[Tensor, _Frame]:
-        images, frame = self._framed(x, views, number, step)
+        images, frame = self._framed(x, views, number, step, None, place)
         return self.surrogates[number].codec.encode_moments(images), frame
 
     def _framed(
-        self, x: Tensor, views: list[View], number: int, step: int
+        self,
+        x: Tensor,
+        views: list[View],
+        number: int,
+        step: int,
+        transformed: int | None = None,
+        place: int = 0,
     ) -> tuple[Tensor, _Frame]:
-        """The views' images (B, 3, h, w), and what belongs to them."""
-        images = _through(views, self.pictures.shown(x))
+        """The views' images (B, 3, h, w) behind a draw's transform, and what belongs to them."""
+        seeds = self._seeds(place)
+
+        def seen(x: Tensor) -> Tensor:
+            images = _through(views, self.pictures.shown(x))
+            return (
+                images if transformed is None else self._transform(images, seeds, step, transformed)
+            )
+
+        images = seen(x)
         height, width = x.shape[-2:]
         keep = None
         if self.pictures.keep is not None:
@@ -269,10 +309,15 @@ class ImageGradient:
         if keep is not None and self.surrogates[number].inpaints:
             # what an inpainting model is given: the picture without what is to be painted
             images = images * keep
-        start = self._start(number, views) if self.method.needs_start else None
+        start = None
+        if self.method.needs_start and transformed is None:
+            start = self._start(number, views)
+        elif self.method.needs_start:
+            with torch.no_grad():  # through the same draw, or the attack would follow the transform
+                start = self.surrogates[number].codec.encode_moments(seen(self.pictures.clean))
         sizes = [view.sizes(height, width) for view in views]
         target = self._target(number, views[0].size)
-        return images, _Frame(sizes, keep, start, target)
+        return images, _Frame(seeds, sizes, keep, start, target)
 
     def _start(self, number: int, views: list[View]) -> Tensor:
         """Moments of the clean pictures; kept for the views that all pictures share."""
@@ -296,16 +341,21 @@ class ImageGradient:
             if self.draws.target != "zero":
                 picture = draw_target(self.draws.target, *size)
             with torch.no_grad():
-                moments = codec.encode_moments(picture.to(self.pictures.clean.device))
+                moments = codec.encode_moments(picture.to(self.pictures.pixels.device))
             empty = self.draws.target == "zero"
             self._targets[key] = torch.zeros_like(moments) if empty else moments
         return self._targets[key]
 
-    def _transform(self, images: Tensor, step: int, draw: int) -> Tensor:
+    def _seeds(self, place: int) -> list[int]:
+        """Of the draws of view number `place` of a step, one a picture."""
+        seeds = list(self.pictures.seeds)
+        return seeds if place == 0 else [seed_of(seed, "view", place) for seed in seeds]
+
+    def _transform(self, images: Tensor, seeds: Sequence[int], step: int, draw: int) -> Tensor:
         """Each draw puts all pictures through one transform, chosen by the step."""
         names = self.draws.transforms
         chosen = names[(step * self.draws.count + draw) % len(names)]
-        return TRANSFORMS[chosen](images, self.pictures.seeds, step, draw)
+        return TRANSFORMS[chosen](images, seeds, step, draw)
 
     # -- one draw -----------------------------------------------------------------------------
 
@@ -314,11 +364,11 @@ class ImageGradient:
         moments: Tensor,
         frame: _Frame,
         number: int,
-        address: tuple[int | str, int],
+        place: tuple[int | str, int],
         u: Tensor | None,
     ) -> Scene:
         surrogate = self.surrogates[number]
-        addresses = [(seed, *address) for seed in self.pictures.seeds]
+        addresses = [(seed, *place) for seed in frame.seeds]
         shape = (surrogate.codec.channels, *moments.shape[-2:])
         scene = Scene(
             surrogate,
@@ -359,6 +409,7 @@ class ImageGradient:
 class _Frame:
     """What belongs to the views of one group."""
 
+    seeds: Sequence[int]
     sizes: Sequence[Sizes]
     keep: Tensor | None
     start: Tensor | None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diffkit.errors import UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.protection.budget import as_signed
 from diffkit.protection.joint_training import Examples, Prior, Training
 from diffkit.protection.learner import Learner
 from diffkit.protection.protect import Attack, ProtectionResult, plan_for
@@ -55,7 +57,8 @@ class JointSet:
         lean, batch_size: likewise.
         change: for each round the norm by which it moved what trains.
 
-    What is not attacked just now waits in the memory of the CPU: pictures may be large and many.
+    What is not attacked just now waits in the memory of the CPU, as its 8-bit pictures and x:
+    pictures may be large and many.
     """
 
     model: LatentDiffusion
@@ -100,27 +103,30 @@ class JointSet:
         """Clean pictures, uint8 (C, H, W) each; without any the pictures of the job themselves."""
         if clean is not None:
             return self._still(clean)
-        return self._examples(lambda attack: attack.pgd.origin)
+        return self._examples(lambda attack, rows: as_signed(attack.pgd.pixels[rows]))
 
     def _still(self, pictures: Sequence[Tensor]) -> Examples:
         """Pictures that do not change, ordered by content."""
         ordered = sorted(pictures, key=_digest)
-        shown = [x[None].expand(-1, 3, -1, -1) for x in ordered]
+        shown = [partial(_as_shown, x) for x in ordered]
         plans = [plan_for(self.model, self.settings, *x.shape[-2:]) for x in ordered]
         return Examples(self.model.codec, shown, plans)
 
     def pictures(self) -> Examples:
         """What the protected pictures have become, unrounded."""
-        return self._examples(lambda attack: attack.x)
+        return self._examples(lambda attack, rows: attack.x[rows])
 
-    def _examples(self, of: Callable[[Attack], Tensor]) -> Examples:
+    def _examples(self, of: Callable[[Attack, slice], Tensor]) -> Examples:
         """One picture a row, in their order, which is not that of the batches."""
+
+        def seen(attack: Attack, rows: slice) -> Tensor:
+            return attack.pictures.select(rows).shown(of(attack, rows))
+
         found = {}
         for attack, batch in self._attacks:
-            seen = attack.pictures.shown(of(attack))
-            plan = plan_for(self.model, self.settings, *seen.shape[-2:])
+            plan = plan_for(self.model, self.settings, *attack.pgd.pixels.shape[-2:])
             for i, row in enumerate(batch):
-                found[row.place] = (seen[i : i + 1], plan)
+                found[row.place] = (partial(seen, attack, slice(i, i + 1)), plan)
         shown, plans = zip(*(found[row.place] for row in self.rows), strict=True)
         return Examples(self.model.codec, shown, plans)
 
@@ -184,6 +190,11 @@ class JointSet:
                 results[row.place] = ProtectionResult(result.pixels, stats)
             attack.to("cpu")
         return [results[place] for place in sorted(results)]
+
+
+def _as_shown(pixels: Tensor) -> Tensor:
+    """uint8 (C, H, W) -> (1, 3, H, W) float32 in [-1, 1]."""
+    return as_signed(pixels[None].expand(-1, 3, -1, -1))
 
 
 def _digest(x: Tensor) -> str:

@@ -19,7 +19,6 @@ from torch import Tensor
 from diffkit.errors import RunFailed
 from diffkit.models.codec import Codec
 from diffkit.models.conditioner import Sizes
-from diffkit.protection.budget import as_signed
 from diffkit.protection.learner import Learner
 from diffkit.protection.losses import prior_preservation
 from diffkit.protection.scene import Scene
@@ -38,11 +37,14 @@ class Examples:
 
     Arguments:
         codec: of the attacked model.
-        shown: what the model sees of each picture, (1, 3, H, W), float32 in [-1, 1] or uint8.
+        shown: makes what the model sees of each picture, (1, 3, H, W), float32 in [-1, 1]; only
+            when it is encoded, for floats of a whole folder would be large.
         plans: the views of each; of several windows one is taken at random.
     """
 
-    def __init__(self, codec: Codec, shown: Sequence[Tensor], plans: Sequence[ViewPlan]) -> None:
+    def __init__(
+        self, codec: Codec, shown: Sequence[Callable[[], Tensor]], plans: Sequence[ViewPlan]
+    ) -> None:
         self._codec = codec
         self._shown = list(shown)
         self._plans = list(plans)
@@ -59,9 +61,7 @@ class Examples:
         view = plan.whole[number]
         if (index, number) not in self._encoded:
             with torch.no_grad():
-                x = self._shown[index]
-                x = as_signed(x) if x.dtype == torch.uint8 else x
-                seen = view.apply(x).to(self._codec.device)
+                seen = view.apply(self._shown[index]()).to(self._codec.device)
                 self._encoded[index, number] = self._codec.encode_moments(seen)
         return self._encoded[index, number], view.sizes(plan.height, plan.width)
 

@@ -141,7 +141,7 @@ def learner(
     encodes = settings.train_text_encoder
     if encodes and not clip_encoders(model.conditioner):
         raise UserError(
-            f"train_text_encoder: {model.family.name} models have no CLIP text encoder; leave it "
+            f"--train-text-encoder: {model.family.name} models have no CLIP text encoder; leave it "
             "out."
         )
     encoders = list(model.conditioner.encoders.values()) if encodes else []

@@ -80,7 +80,7 @@ PATTERN = "text:DIFFKIT"
 HIGH = (0.6, 1.0)
 """The noisy part of the time axis: {600..999} of a thousand times, as in the code of ACE."""
 
-_NOISED = frozenset({"t_range", "times", "prompt", "draws"})
+_NOISED = frozenset({"t_range", "times", "prompt", "draws", "sampled"})
 _TARGETED = _NOISED | {"target"}
 _TRAINED = frozenset(
     {"train_steps", "train_text_encoder", "class_prompt", "class_count", "prior_weight"}
@@ -125,6 +125,7 @@ _ROWS = (
         "pull the encoding to a pattern",
         losses.texture,
         target=PATTERN,
+        options=_ENCODER.options | {"sampled"},
     ),
     _row(
         _ENCODER,
@@ -212,7 +213,7 @@ _ROWS = (
         norm="l2",
         levels=16,
         draws=4,
-        options=frozenset({"prompt", "draws", "norm"}),
+        options=frozenset({"prompt", "draws", "sampled", "norm"}),
     ),
     _row(
         _DENOISING,
@@ -224,7 +225,7 @@ _ROWS = (
         steps=200,
         step_levels=0.5,
         shrinks_mask=True,
-        options=frozenset({"prompt", "draws"}),
+        options=frozenset({"prompt", "draws", "sampled"}),
     ),
 )
 

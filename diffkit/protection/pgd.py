@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -65,11 +66,11 @@ class StepRule:
         """Raise `UserError` for impossible values."""
         check_levels(self.levels)
         if self.steps < 0:
-            raise UserError(f"steps: {self.steps} must not be negative.")
+            raise UserError(f"--steps: {self.steps} must not be negative.")
         if not self.step_levels > 0:
-            raise UserError(f"step_levels: {self.step_levels} must be above 0.")
+            raise UserError(f"--step-levels: {self.step_levels} must be above 0.")
         if self.momentum < 0:
-            raise UserError(f"momentum: {self.momentum} must not be negative.")
+            raise UserError(f"--momentum: {self.momentum} must not be negative.")
 
     def size(self, step: int) -> float:
         """a_i in units of [-1, 1]."""
@@ -97,6 +98,12 @@ class State:
     best: Tensor | None = None
     best_score: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> None:
+        """Move all of it."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+
 
 class Pgd:
     """The walk of pictures of one size.
@@ -116,8 +123,23 @@ class Pgd:
         self.rule = rule
         self.seeds = list(seeds)
         self.weight = weight
-        self.origin = as_signed(pixels)
-        self.low, self.high = box(pixels, rule.levels, weight)
+
+    @cached_property
+    def origin(self) -> Tensor:
+        """x_0, (B, C, H, W) float32 in [-1, 1]."""
+        return as_signed(self.pixels)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """(lo, hi) of the box, each of x's shape."""
+        return box(self.pixels, self.rule.levels, self.weight)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the pictures; what follows from them is made again when it is wanted."""
+        self.pixels = self.pixels.to(device)
+        self.weight = None if self.weight is None else self.weight.to(device)
+        for name in ("origin", "bounds"):
+            self.__dict__.pop(name, None)
 
     def start(self) -> State:
         """The first iterate: the pictures themselves, or random points of their boxes."""
@@ -180,7 +202,9 @@ class Pgd:
 
     def _step(self, state: State, g: Tensor, finite: Tensor, step: int) -> None:
         """One step along g; where that is not finite neither x nor the velocity changes."""
-        g = torch.where(finite, g, 0.0)
+        # What may not move has no say in lengths and means.
+        moves = finite if self.weight is None else finite & (self.weight > 0)
+        g = torch.where(moves, g, 0.0)
         if self.rule.momentum > 0:
             scaled = g / g.abs().flatten(1).mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)
             before = torch.zeros_like(g) if state.velocity is None else state.velocity
@@ -202,7 +226,8 @@ class Pgd:
         return reach if self.weight is None else reach * self.weight.to(self.origin)
 
     def _into_box(self, x: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(x, self.low), self.high)
+        low, high = self.bounds
+        return torch.minimum(torch.maximum(x, low), high)
 
     def _note_best(self, state: State, values: Tensor) -> None:
         if state.best is None or state.best_score is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffkit.errors import UserError
 from diffkit.models.codec_kinds import PixelCodec
@@ -18,7 +18,7 @@ from diffkit.protection.contrast import contrast_weight
 from diffkit.protection.gradients import Draws, ImageGradient, Pictures
 from diffkit.protection.pgd import Pgd, State, random_noise
 from diffkit.protection.settings import Settings
-from diffkit.protection.surrogate import Surrogate, frozen
+from diffkit.protection.surrogate import Surrogate, aside, frozen
 from diffkit.protection.timesteps import greedy_choice
 from diffkit.protection.views import ViewPlan, plan_views
 
@@ -26,7 +26,9 @@ __all__ = [
     "Attack",
     "ProtectionResult",
     "budget_weight",
+    "check_mask",
     "check_model",
+    "idle_networks",
     "plan_for",
     "prepared",
     "protect",
@@ -76,7 +78,7 @@ class Attack:
         weight = budget_weight(pixels, settings, alpha, mask)
         opaque = None if alpha is None else alpha.to(device, torch.float32) / 255
         keep = mask.to(device, torch.float32) if row.edits and mask is not None else None
-        pictures = Pictures(as_signed(pixels), list(seeds), opaque, keep)
+        pictures = Pictures(pixels, list(seeds), opaque, keep)
         pgd = Pgd(pixels, settings.rule(), seeds, weight)
         if row.loss is None or plan is None:
             return cls(settings, pictures, pgd, None)
@@ -100,10 +102,13 @@ class Attack:
         return self.pgd.origin if self.state is None else self.state.x
 
     def to(self, device: torch.device | str) -> None:
-        """Move all pictures of the walk; the models stay where they are."""
-        _move(self.pgd, device)
+        """Move all pictures of the walk; the models stay where they are.
+
+        Only the 8-bit pictures and x are kept, what a step needs beside them is made again then.
+        """
+        self.pgd.to(device)
         if self.state is not None:
-            _move(self.state, device)
+            self.state.to(device)
         self.pictures = self.pictures.to(device)
         if self.gradient is not None:
             self.gradient.pictures = self.pictures
@@ -160,13 +165,16 @@ def protect(
     mask: Tensor | None = None,
     ensemble: Sequence[LatentDiffusion] = (),
     lean: bool = False,
+    surrogates: Sequence[Surrogate] | None = None,
     each: Callable[[int], None] | None = None,
 ) -> list[ProtectionResult]:
     """Protect pictures of one size with a method whose surrogate is fixed.
 
     The result depends on each picture, its seed and the settings, not on the batch that it is in
-    (up to the rounding of kernels). Methods that train a surrogate need all pictures of an artist
-    at once: see `diffkit.protection.joint`.
+    (up to the rounding of kernels). Equal bytes in every run are promised on a CPU with one number
+    of threads; on a GPU some gradients are summed in an order that changes from run to run, so that
+    a few pixels may differ. Methods that train a surrogate need all pictures of an artist at once:
+    see `diffkit.protection.joint`.
 
     Arguments:
         pixels: uint8 (B, C, H, W), C = 3, or 1 for grey pictures, of any size.
@@ -177,8 +185,9 @@ def protect(
             white. None is opaque.
         mask: float (B, 1, H, W) in [0, 1], 1 where pixels may change. For methods against editing 1
             is also what the editor keeps.
-        ensemble: further models whose autoencoders are attacked too.
+        ensemble: further models whose autoencoders are attacked too, by methods of the encoder.
         lean: two passes and recomputed activations, for less memory.
+        surrogates: of `prepared`, where several calls share it.
         each: called with the number of every finished step.
 
     Raises:
@@ -188,7 +197,12 @@ def protect(
     settings.check()
     if settings.row.joint is not None:
         raise UserError(f"{settings.method}: trains a surrogate on a set; use protect_set.")
-    with prepared(model, settings, ensemble, lean) as surrogates:
+    if model is not None:
+        check_mask(model, settings, mask is not None)
+    with contextlib.ExitStack() as stack:
+        if surrogates is None:
+            surrogates = stack.enter_context(prepared(model, settings, ensemble))
+        stack.enter_context(_still(surrogates, lean))
         plan = None
         if model is not None and settings.row.loss is not None:
             plan = plan_for(model, settings, *pixels.shape[-2:])
@@ -206,8 +220,22 @@ def prepared(
     ensemble: Sequence[LatentDiffusion] = (),
     lean: bool = False,
 ) -> Iterator[list[Surrogate]]:
-    """The surrogates of a method, frozen inside the block and as before after it."""
+    """The surrogates of a method, frozen inside the block and as before after it.
+
+    Networks that no step runs through, such as text encoders, wait in the memory of the CPU inside
+    the block; a prompt can be encoded there all the same.
+    """
     row = settings.row
+    if ensemble and not row.encoder_only:
+        raise UserError(
+            f"--ensemble: does nothing for the method {row.name}, which is no attack on "
+            "autoencoders alone; leave it out."
+        )
+    if len(settings.ensemble) not in (0, len(ensemble)):
+        raise UserError(
+            f"ensemble: the settings name {len(settings.ensemble)} further models, and "
+            f"{len(ensemble)} are given; load them and give them as the argument ensemble."
+        )
     if row.loss is None:
         yield []
         return
@@ -219,10 +247,23 @@ def prepared(
         surrogates = [Surrogate(m.codec) for m in (model, *ensemble)]
     else:
         surrogates = [Surrogate.of(model, settings.prompt_for(model))]
+    idle = [network for one in (model, *ensemble) for network in idle_networks(one, settings)]
+    with aside(idle), _still(surrogates, lean):
+        yield surrogates
+
+
+def _still(surrogates: Sequence[Surrogate], lean: bool) -> contextlib.AbstractContextManager[None]:
     networks = [network for surrogate in surrogates for network in surrogate.networks()]
     denoisers = [s.denoiser.model for s in surrogates if s.denoiser is not None]
-    with frozen(networks, denoisers if lean else ()):
-        yield surrogates
+    return frozen(networks, denoisers if lean else ())
+
+
+def idle_networks(model: LatentDiffusion, settings: Settings) -> list[nn.Module]:
+    """What no step runs through: text encoders that do not train, safety checkers."""
+    used: list[Any] = [model.codec.vae, model.denoiser.model]
+    if settings.train_text_encoder:
+        used += model.conditioner.encoders.values()
+    return [net for net in model.networks.values() if all(net is not one for one in used)]
 
 
 def check_model(model: LatentDiffusion, settings: Settings) -> None:
@@ -243,13 +284,23 @@ def check_model(model: LatentDiffusion, settings: Settings) -> None:
         )
     if row.targeted is not None and settings.target is not None and model.schedule.kind != "ddpm":
         raise UserError(
-            f"target: with {row.name} it is what the posterior of a DDPM is pulled to, and this "
+            f"--target: with {row.name} it is what the posterior of a DDPM is pulled to, and this "
             "model has none; leave it out, or use ace."
         )
     if not row.edits and taken != channels:
         raise UserError(
             f"{row.name}: this denoiser takes {taken} channels and its latents have {channels}: an "
             "inpainting or editing model. Give the text-to-image model that it was made from."
+        )
+
+
+def check_mask(model: LatentDiffusion, settings: Settings, masked: bool) -> None:
+    """Raise `UserError` where an inpainting model is to be attacked without a mask."""
+    inpaints = Surrogate(model.codec, model.denoiser).inpaints
+    if settings.row.edits and inpaints and not masked:
+        raise UserError(
+            f"--mask: {settings.method} needs it with an inpainting model; white is what an editor "
+            "keeps."
         )
 
 
@@ -291,12 +342,6 @@ def budget_weight(
     for part in parts[1:]:
         weight = weight * part
     return weight
-
-
-def _move(holder: Pgd | State, device: torch.device | str) -> None:
-    for name, value in list(vars(holder).items()):
-        if isinstance(value, Tensor):
-            setattr(holder, name, value.to(device))
 
 
 def _pairs(q: Tensor, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:

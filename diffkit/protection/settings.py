@@ -21,11 +21,20 @@ STRENGTHS = {"low": 4, "medium": 8, "high": 16}
 """Budgets in levels by their names."""
 
 _CHOSEN = frozenset(
-    {"prompt", "target", "t_range", "times", "draws", "tiles", "ensemble", "norm", "output_kind",
-     "residual_weight", "surrogate", "rounds", "train_steps", "train_text_encoder", "class_prompt",
-     "class_count", "prior_weight"}
+    {"prompt", "target", "t_range", "times", "draws", "sampled", "tiles", "ensemble", "norm",
+     "output_kind", "residual_weight", "surrogate", "rounds", "train_steps", "train_text_encoder",
+     "class_prompt", "class_count", "prior_weight"}
 )  # fmt: skip
 """What only some methods read: those that name it among their options."""
+
+
+_FLAGS = {
+    "levels": "strength",
+    "draws": "eot",
+    "sampled": "sample-latents",
+    "output_kind": "ace-output",
+}
+"""Fields whose flags have other names."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +159,15 @@ class Settings:
         self._check_idle(row)
         low, high = self.shown_range
         if not 0 <= low < high <= 1:
-            raise UserError(f"t_range: {low:g}-{high:g} must satisfy 0 <= low < high <= 1.")
+            raise UserError(f"--t-range: {low:g}-{high:g} must satisfy 0 <= low < high <= 1.")
         if self.draws is not None and self.draws < 1:
-            raise UserError(f"draws: {self.draws} must be at least 1.")
+            raise UserError(f"--eot: {self.draws} must be at least 1.")
         if self.views is not None and self.views < 1:
-            raise UserError(f"views: {self.views} must be at least 1, the whole picture.")
+            raise UserError(f"--views: {self.views} must be at least 1, the whole picture.")
         if row.needs_start and self.random_start is False:
             raise UserError(
-                f"random_start: {row.name} needs it; at the picture itself its gradient is exactly "
-                "0 and nothing would move."
+                f"--random-start: {row.name} needs it; at the picture itself its gradient is "
+                "exactly 0 and nothing would move."
             )
         self._check_training()
         parse_transforms(",".join(self.transforms))
@@ -170,22 +179,22 @@ class Settings:
         for name in ("rounds", "train_steps", "class_count"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name}: {value} must be at least 1.")
+                raise UserError(f"{_flag(name)}: {value} must be at least 1.")
         if self.rounds is not None and self.rounds > self.rule().steps:
-            raise UserError(f"rounds: {self.rounds} are more than the {self.rule().steps} steps.")
+            raise UserError(f"--rounds: {self.rounds} are more than the {self.rule().steps} steps.")
         if self.class_prompt is None:
             for name in ("class_count", "prior_weight"):
                 if getattr(self, name) is not None:
-                    raise UserError(f"{name}: does nothing without a class prompt; add that.")
+                    raise UserError(f"{_flag(name)}: does nothing without --class-prompt.")
         elif self.class_prompt == "":
-            raise UserError("class_prompt: is empty; leave it out, or say what is to be seen.")
+            raise UserError("--class-prompt: is empty; leave it out, or say what is to be seen.")
         if self.prior_weight is not None and not self.prior_weight > 0:
-            raise UserError(f"prior_weight: {self.prior_weight} must be above 0.")
+            raise UserError(f"--prior-weight: {self.prior_weight} must be above 0.")
         if self.surrogate == "full" and self.train_text_encoder:
-            raise UserError("train_text_encoder: puts a LoRA on it; leave out surrogate full.")
+            raise UserError("--train-text-encoder: puts a LoRA on it; leave out --surrogate full.")
         if self.keep_best and self.row.joint in ("ace", "aspl"):
             raise UserError(
-                f"keep_best: {self.method} trains its surrogate between the steps, and scores of "
+                f"--keep-best: {self.method} trains its surrogate between the steps, and scores of "
                 "two surrogates cannot be compared; leave it out."
             )
 
@@ -195,13 +204,23 @@ class Settings:
             allowed = {"method", "levels", "seed", "contrast"}
         else:
             allowed = {field.name for field in fields(self)} - (_CHOSEN - row.options)
+            if self.transforms or (self.sampled and "sampled" in allowed):
+                allowed |= {"draws"}  # the encoder's methods have nothing else to draw
         for field in fields(self):
             value = getattr(self, field.name)
             if value != getattr(usual, field.name) and field.name not in allowed:
-                name = field.name.replace("_", "-")
-                raise UserError(f"--{name}: does nothing for the method {row.name}; leave it out.")
+                more = " without --transforms" if field.name == "draws" and row.encoder_only else ""
+                raise UserError(
+                    f"{_flag(field.name)}: does nothing for the method {row.name}{more}; leave it "
+                    "out."
+                )
         if self.times == "greedy" and self.t_range is not None:
             raise UserError("--t-range: the greedy choice of times has none; leave it out.")
+
+
+def _flag(name: str) -> str:
+    """The flag of a field."""
+    return f"--{_FLAGS.get(name, name).replace('_', '-')}"
 
 
 def _or(value: Any, usual: Any) -> Any:

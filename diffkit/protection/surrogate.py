@@ -16,7 +16,7 @@ from diffkit.models.denoiser import Denoiser
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.schedule import Prediction, Schedule
 
-__all__ = ["Surrogate", "frozen"]
+__all__ = ["Surrogate", "aside", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,36 @@ class Surrogate:
         """The modules that an attack runs through."""
         found = [self.codec.vae, None if self.denoiser is None else self.denoiser.model]
         return [module for module in found if isinstance(module, nn.Module)]
+
+
+@contextlib.contextmanager
+def aside(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, these networks wait in the memory of the CPU; then they are where they were.
+
+    Networks that are spread over devices, or that others move about (offloading, quantisation),
+    stay where they are.
+    """
+    places = [_place(network) for network in networks]
+    moved = [(net, place) for net, place in zip(networks, places, strict=True) if place is not None]
+    try:
+        for network, _ in moved:
+            nn.Module.to(network, "cpu")
+        if moved and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        yield
+    finally:
+        for network, place in moved:
+            nn.Module.to(network, place)
+
+
+def _place(network: nn.Module) -> torch.device | None:
+    """The device that a network can be moved from and back to; None where there is none."""
+    bound = ("_hf_hook", "hf_device_map", "hf_quantizer")
+    devices = {tensor.device for tensor in (*network.parameters(), *network.buffers())}
+    if any(hasattr(network, name) for name in bound) or len(devices) != 1:
+        return None
+    (device,) = devices
+    return None if device.type in ("cpu", "meta") else device
 
 
 @contextlib.contextmanager

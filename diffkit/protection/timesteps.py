@@ -69,11 +69,14 @@ def useful_times(gradient: ImageGradient, pgd: Pgd) -> list[Tensor]:
         columns = [[row[k] for row in tried] for k in range(_TRIED)]
         found = [_gradient(gradient, x, number, k, cells) for k, cells in enumerate(columns)]
         sizes = torch.stack([g.abs().flatten(1).sum(1) for g in found]).cpu()
+        sizes = sizes.nan_to_num(0.0, 0.0)  # no gradient at all is of use nowhere
         for i, cells in enumerate(left):
             if searching[i]:
                 _remove(cells, tried[i][int(sizes[:, i].argmin())])
         best = [row[int(sizes[:, i].argmax())] for i, row in enumerate(tried)]
-        x = pgd.stepped(x, _gradient(gradient, x, number, _TRIED, best))
+        g = _gradient(gradient, x, number, _TRIED, best)
+        finite = g.flatten(1).isfinite().all(1).view(-1, 1, 1, 1)
+        x = torch.where(finite, pgd.stepped(x, g), x)
     return [cells.nonzero().flatten() for cells in left]
 
 

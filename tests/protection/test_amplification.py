@@ -35,6 +35,21 @@ def test_it_is_the_ratio_of_gains(tiny_model: Loader) -> None:
     assert amplification_ratio(model.codec, clean, control, control, view) == pytest.approx(1)
 
 
+def test_transparent_pictures_are_seen_on_white(tiny_model: Loader) -> None:
+    """Colours behind a transparent part were encoded too, though no attack and no viewer sees
+    them."""
+    model = tiny_model("sd")
+    (clean,) = random_pixels(1)
+    other, control = (random_noise(clean[None], k, [k])[0] for k in (4, 8))
+    (view,) = plan_of(model, R, R).whole
+    alpha = torch.full((1, R, R), 255, dtype=torch.uint8)
+    alpha[:, :6] = 0
+    found = amplification_ratio(model.codec, clean, other, control, view, alpha)
+    white = [torch.where(alpha > 0, pixels, 255) for pixels in (clean, other, control)]
+    assert found == pytest.approx(amplification_ratio(model.codec, *white, view), rel=1e-6)
+    assert found != amplification_ratio(model.codec, clean, other, control, view)
+
+
 def test_without_a_change_there_is_no_ratio(tiny_model: Loader) -> None:
     model = tiny_model("sd")
     (clean,) = random_pixels(1, channels=1)

@@ -70,6 +70,15 @@ def test_impossible_budgets(levels: object) -> None:
         check_levels(levels)  # type: ignore[arg-type]
 
 
+def test_the_share_of_a_pixel_is_rounded_down_but_not_by_rounding_errors() -> None:
+    """A quarter of 8 levels is 2 and a little less is 1, on devices without float64 too."""
+    pixels = torch.full((1, 1, 1, 4), 100, dtype=torch.uint8)
+    weight = torch.tensor([0.25, 0.2499, 0.1 * 10 - 1e-7, 0.0]).view(1, 1, 1, 4)
+    q = to_levels(as_signed(pixels) + 1, pixels, 8, weight)
+    assert (q - pixels).flatten().tolist() == [2, 1, 8, 0]
+    assert q.device == pixels.device
+
+
 def test_a_constant_change_survives_a_png_exactly() -> None:
     """Mist and Diff-Protect cut off instead of rounding: k levels became k - 1 or -k - 1."""
     pixels = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffkit.errors import UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.editing import ancestral_step, diffusion_guard, photoguard_diffusion
-from diffkit.protection.protect import check_model
+from diffkit.protection.protect import check_mask, check_model
 from diffkit.protection.scene import Scene
 from diffkit.protection.settings import Settings
 from diffkit.protection.surrogate import Surrogate
@@ -161,7 +161,9 @@ def test_methods_against_inpainting_say_what_they_need(tiny_model: Loader) -> No
     with pytest.raises(UserError, match="text-to-image model"):
         check_model(inpaint, Settings("advdm"))
     check_model(inpaint, Settings("photoguard-diffusion"))
-    scene = told(inpaint, scene_of(inpaint), "").detached()
-    for loss in (diffusion_guard, photoguard_diffusion):
-        with pytest.raises(UserError, match="--mask"):
-            loss(scene)
+    for method in ("diffusionguard", "photoguard-diffusion"):
+        check_mask(inpaint, Settings(method), True)
+        with pytest.raises(UserError, match=f"--mask: {method} needs it"):
+            check_mask(inpaint, Settings(method), False)
+    check_mask(model, Settings("photoguard-diffusion"), False)
+    check_mask(inpaint, Settings("texture"), False)

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from diffkit.models.cost import saved_for_backward
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.protection import scene_losses as losses
 from diffkit.protection.budget import as_signed
 from diffkit.protection.gradients import ImageGradient
 from diffkit.protection.protect import prepared
+from diffkit.protection.scene import Scene
 from diffkit.protection.settings import Settings
+from diffkit.protection.transforms import TRANSFORMS
 from diffkit.protection.views import ViewPlan, plan_views
+from diffkit.randomness import normal, uniform
 from tests.protection.attacks import (
     DENOISING,
     R,
@@ -212,14 +216,58 @@ def test_views_are_added_after_division_by_their_mean_size(tiny_model: Loader) -
         found = g(x, 5)
         expected = torch.zeros_like(x)
         for row, seed in enumerate((3, 4)):
-            for view in plan.at(5, seed):
-                alone = replace(g.pictures, clean=g.pictures.clean[row : row + 1], seeds=[seed])
+            for place, view in enumerate(plan.at(5, seed)):
+                alone = g.pictures.select(slice(row, row + 1))
                 single = ImageGradient(g.surrogates, g.method, alone, plan, g.draws)
-                part = single._view_gradient(x[row : row + 1], [view], 5, 0, None)[0]
+                part = single._view_gradient(x[row : row + 1], [view], 5, 0, None, place)[0]
                 inside = part[:, view.top : view.top + view.height, view.left :][..., : view.width]
                 assert part.abs().sum() == pytest.approx(float(inside.abs().sum()))
                 expected[row] += part / inside.abs().mean()
     assert same(found, expected)
+
+
+def test_every_view_has_draws_of_its_own(tiny_model: Loader) -> None:
+    """All views of a step had one noise and one time; that of the first view is as it was."""
+    model = tiny_model("sd")
+    plan = plan_views(40, 48, R, model.working_multiple, views=3)
+    pixels = random_pixels(1, 40, 48)
+    seen: list[Scene] = []
+
+    def watched(scene: Scene) -> Tensor:
+        seen.append(scene)
+        return scene.z.flatten(1).sum(1)
+
+    with gradient(model, Settings("advdm"), pixels, plan=plan, seeds=[3]) as g:
+        g.method = replace(g.method, loss=watched)
+        g(as_signed(pixels), 5)
+    (t, eps), *others = (scene.noise for scene in seen)
+    assert len(others) == 2
+    wide = normal(eps.shape[1:], 3, 5, 0, "eps")[None]
+    assert torch.equal(eps, wide)
+    assert torch.equal(t, g.surrogates[0].times(uniform((1,), 3, 5, 0, "time")))
+    assert len({float(t), *(float(other) for other, _ in others)}) == 3
+    assert not torch.equal(others[0][1], others[1][1])
+    shared = normal(others[0][1].shape[1:], 3, 5, 0, "eps")[None]
+    assert not any(torch.equal(noise, shared) for _, noise in others)
+
+
+@pytest.mark.parametrize("transform", sorted(TRANSFORMS))
+def test_the_clean_picture_has_no_gradient_behind_any_transform(
+    tiny_model: Loader, transform: str
+) -> None:
+    """PID compared T(x) with the clean picture itself, so that it followed the transform, not the
+    change."""
+    model, pixels = tiny_model("sd"), random_pixels(2, 24, 24)
+    plan = plan_views(24, 24, R, model.working_multiple, views=2)
+    settings = Settings("pid", transforms=(transform,), draws=2)
+    settings.check()
+    with gradient(model, settings, pixels, plan=plan) as g:
+        start = sum(
+            g._view_gradient(as_signed(pixels), list(views), 3, 0, None, place)
+            for place, views in enumerate(g._views(3))
+        )
+        assert torch.equal(start, torch.zeros_like(as_signed(pixels)))
+        assert g(slightly_moved(pixels), 3).abs().max() > 0
 
 
 def test_tiles_are_one_view_whose_windows_fade(tiny_model: Loader) -> None:
@@ -351,6 +399,28 @@ def test_models_in_half_precision_move_pictures_in_float32(
         assert found.isfinite().all()
         signs.append(found.sign())
     assert (signs[0] == signs[1]).float().mean() > 0.85
+
+
+def faint_ace(scene: Scene) -> Tensor:
+    """With gradients below the smallest number that float16 has."""
+    return 1e-4 * losses.ace(scene)
+
+
+def test_small_gradients_survive_float16(tiny_folder: Callable[[str], Any]) -> None:
+    """A mean over all latents has gradients that float16 rounds to nothing on their way through
+    the denoiser; they are multiplied there and divided again behind it."""
+    model = LatentDiffusion.load(tiny_folder("sd"))
+    pixels = random_pixels(1, 64, 64)
+    plan = plan_views(64, 64, 64, model.working_multiple, views=1)
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        model.denoiser.model.to(dtype)
+        with gradient(model, Settings("ace"), pixels, plan=plan) as g:
+            g.method = replace(g.method, loss=faint_ace)
+            found[dtype] = g(slightly_moved(pixels), 0)
+    exact, half = (found[dtype] for dtype in (torch.float32, torch.float16))
+    assert (exact.sign() == half.sign()).float().mean() > 0.9
+    assert float(half.norm() / exact.norm()) == pytest.approx(1, abs=0.1)
 
 
 def test_large_views_keep_less_and_have_the_same_gradient(tiny_model: Loader) -> None:

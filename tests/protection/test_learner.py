@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,13 @@ def plan_of(model: LatentDiffusion, height: int = 16, width: int = 16) -> ViewPl
 
 
 def examples(model: LatentDiffusion, count: int = 2) -> Examples:
-    shown = [x[None] for x in as_signed(random_pixels(count))]
-    return Examples(model.codec, shown, [plan_of(model)] * count)
+    return still(model, as_signed(random_pixels(count)), plan_of(model))
+
+
+def still(model: LatentDiffusion, shown: Tensor, plan: ViewPlan) -> Examples:
+    """Pictures (B, 3, H, W) that do not change."""
+    rows = [partial(shown.__getitem__, slice(i, i + 1)) for i in range(len(shown))]
+    return Examples(model.codec, rows, [plan] * len(rows))
 
 
 def mean_loss(trained: Learner, pictures: Examples, draws: int = 16) -> float:
@@ -158,7 +164,7 @@ def test_training_teaches_the_picture() -> None:
     """On a model that was trained: a rank-4 adapter takes up a picture of noise within 30 steps."""
     model = LatentDiffusion.load("embedded")
     plan = plan_views(64, 64, 64, model.working_multiple, views=1)
-    pictures = Examples(model.codec, [as_signed(random_pixels(1, 64, 64))], [plan])
+    pictures = still(model, as_signed(random_pixels(1, 64, 64)), plan)
     with learning(model, Settings("ace", prompt="red apple")) as trained:
         before = mean_loss(trained, pictures)
         Training(trained, None, ("test",)).run(pictures, 30)
@@ -191,7 +197,7 @@ def test_every_picture_is_seen_before_any_is_seen_again(tiny_model: Loader) -> N
             self.seen.append(index)
             return super().at(index, *address)
 
-    shown = [x[None] for x in as_signed(random_pixels(5))]
+    shown = [partial(torch.zeros, 1, 3, 16, 16)] * 5
     noted = Noted(model.codec, shown, [plan_of(model)] * 5)
     noted.seen = []
     with learning(model, Settings("ace", prompt="a")) as trained:
@@ -221,7 +227,7 @@ def test_prior_preservation_by_hand(tiny_model: Loader) -> None:
 def test_a_long_picture_is_learned_in_its_windows(tiny_model: Loader) -> None:
     model = tiny_model("sd")
     plan = plan_of(model, 16, 64)
-    pictures = Examples(model.codec, [as_signed(random_pixels(1, 16, 64))], [plan])
+    pictures = still(model, as_signed(random_pixels(1, 16, 64)), plan)
     corners = {pictures.at(0, "draw", k)[1].crop for k in range(12)}
     assert len(plan.whole) > 1
     assert corners == {view.sizes(16, 64).crop for view in plan.whole}
@@ -230,7 +236,7 @@ def test_a_long_picture_is_learned_in_its_windows(tiny_model: Loader) -> None:
 def test_a_loss_that_is_not_finite_stops(tiny_folder: Callable[[str], Path]) -> None:
     model = LatentDiffusion.load(tiny_folder("sd"))
     with learning(model, Settings("ace", prompt="a")) as trained:
-        broken = Examples(model.codec, [torch.full((1, 3, 16, 16), torch.nan)], [plan_of(model)])
+        broken = still(model, torch.full((1, 3, 16, 16), torch.nan), plan_of(model))
         with pytest.raises(RunFailed, match="surrogate's loss was not finite"):
             Training(trained, None, ("test",)).run(broken, 1)
 
@@ -243,7 +249,7 @@ def test_half_precision_gradients_are_scaled_on_their_way(tiny_sd: Path) -> None
     for dtype in (torch.float32, torch.float16):
         model = LatentDiffusion.load(tiny_sd, dtype=dtype)
         plan = plan_views(128, 128, 128, model.working_multiple, views=1)
-        pictures = Examples(model.codec, [random_pixels(1, 128, 128)], [plan])
+        pictures = still(model, as_signed(random_pixels(1, 128, 128)), plan)
         with learning(model, Settings("ace", prompt="a")) as trained:
             start = trained.weights()
             Training(trained, None, ("test",)).run(pictures, 1)

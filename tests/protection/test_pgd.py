@@ -82,6 +82,28 @@ def test_l2_steps_and_radius_scale_with_the_picture() -> None:
     torch.testing.assert_close(levels_moved(cut), torch.ones(2, 3, 4, 6), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("norm", "momentum"), [("l2", 0.0), ("linf", 1.0)])
+def test_what_may_not_move_takes_nothing_of_a_step(norm: str, momentum: float) -> None:
+    """A large gradient behind a mask made the steps of all other pixels short, and with momentum
+    outweighed the steps before."""
+    weight = torch.ones(2, 1, 4, 6)
+    weight[..., 3:] = 0
+    rule = StepRule(levels=32, steps=3, norm=norm, momentum=momentum)  # type: ignore[arg-type]
+    ends = []
+    for hidden in (0.0, 1e6):
+
+        def slope(x: Tensor, step: int, hidden: float = hidden) -> Tensor:
+            g = torch.full_like(x, -1.0 if step == 1 else 3.0)
+            g[..., 3:] = hidden if step == 1 else 0.0
+            return g
+
+        pgd = Pgd(GREY, rule, [0, 1], weight)
+        ends.append(pgd.advance(pgd.start(), slope, 0, 3).x)
+    assert torch.equal(ends[0], ends[1])
+    assert (ends[0][..., :3] != as_signed(GREY)[..., :3]).all()
+    assert torch.equal(ends[0][..., 3:], as_signed(GREY)[..., 3:])
+
+
 def test_a_random_start_is_in_the_box_and_the_picture_s_own() -> None:
     rule = StepRule(levels=4, steps=0, random_start=True)
     weight = torch.ones(2, 1, 4, 6)
@@ -179,7 +201,7 @@ def test_progress_is_told_after_every_step() -> None:
     [
         ({"levels": 40}, "levels"),
         ({"steps": -1}, "steps"),
-        ({"step_levels": 0.0}, "step_levels"),
+        ({"step_levels": 0.0}, "--step-levels"),
         ({"momentum": -0.1}, "momentum"),
     ],
 )

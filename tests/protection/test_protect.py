@@ -17,7 +17,7 @@ from diffkit.protection import scene_losses as losses
 from diffkit.protection.budget import as_signed
 from diffkit.protection.gradients import ImageGradient
 from diffkit.protection.methods import METHODS
-from diffkit.protection.protect import prepared, protect
+from diffkit.protection.protect import idle_networks, prepared, protect
 from diffkit.protection.settings import Settings
 from tests.protection.attacks import (
     FIXED,
@@ -276,11 +276,35 @@ def test_what_a_model_cannot_do_is_said_before_the_first_step(tiny_model: Loader
     refused(None, "texture", "needs a model")
     refused("sd", "diffusionguard", "inpainting model")
     refused("inpaint", "mist", "text-to-image model")
-    refused("inpaint", "photoguard-diffusion", "--mask")
+    refused("inpaint", "photoguard-diffusion", "--mask: photoguard-diffusion needs it")
     refused("sd", "ace", "trains a surrogate")
     refused("pixel", "texture", "works on pixels")
+    sd = tiny_model("sd")
+    with pytest.raises(UserError, match="--ensemble: does nothing for the method advdm"):
+        protect(pixels, sd, Settings("advdm"), seeds=[0], ensemble=[sd])
+    with pytest.raises(UserError, match="name 1 further models, and 0 are given"):
+        protect(pixels, sd, Settings("texture", ensemble=("b",)), seeds=[0])
     with pytest.raises(UserError, match="no such class"):
         protect(pixels, tiny_model("dit"), Settings("advdm", prompt="a picture"), seeds=[0])
+
+
+def test_networks_that_no_step_runs_through_are_named(tiny_model: Loader) -> None:
+    """Text encoders stayed on the GPU through the whole attack; SD3's are larger than all else."""
+    model = tiny_model("sd3")
+    idle = idle_networks(model, Settings("advdm"))
+    assert {id(net) for net in idle} == {id(net) for net in model.conditioner.encoders.values()}
+    assert len(idle) == 3
+    assert idle_networks(model, Settings("ace", train_text_encoder=True)) == []
+
+
+def test_calls_may_share_what_was_prepared(tiny_model: Loader) -> None:
+    model, settings = tiny_model("sd"), Settings("sds-", steps=1)
+    alone = protect(random_pixels(1), model, settings, seeds=[1])
+    with prepared(model, settings) as shared:
+        for lean in (False, True):
+            options: dict[str, Any] = {"surrogates": shared, "lean": lean}
+            (found,) = protect(random_pixels(1), model, settings, seeds=[1], **options)
+            assert torch.equal(found.pixels, alone[0].pixels)
 
 
 def test_encoder_methods_need_an_autoencoder_alone(tiny_model: Loader) -> None:

@@ -42,12 +42,12 @@ def test_choices_win_over_the_table() -> None:
         ({"method": "glaze"}, "unknown"),
         ({"levels": 33}, "levels"),
         ({"steps": -1}, "steps"),
-        ({"step_levels": 0.0}, "step_levels"),
-        ({"method": "advdm", "t_range": (0.5, 0.5)}, "t_range"),
-        ({"method": "advdm", "t_range": (0.5, 1.5)}, "t_range"),
-        ({"method": "advdm", "draws": 0}, "draws"),
-        ({"views": 0}, "views"),
-        ({"method": "pid", "random_start": False}, "random_start"),
+        ({"step_levels": 0.0}, "--step-levels"),
+        ({"method": "advdm", "t_range": (0.5, 0.5)}, "--t-range"),
+        ({"method": "advdm", "t_range": (0.5, 1.5)}, "--t-range"),
+        ({"method": "advdm", "draws": 0}, "--eot: 0"),
+        ({"views": 0}, "--views"),
+        ({"method": "pid", "random_start": False}, "--random-start"),
         ({"transforms": ("jpeg", "twirl")}, "twirl"),
         ({"target": "text:"}, "target"),
         ({"method": "advdm", "times": "greedy", "t_range": (0.0, 0.5)}, "--t-range"),
@@ -73,13 +73,17 @@ IDLE: list[tuple[str, dict[str, Any]]] = [
     ("diffusionguard", {"t_range": (0.5, 1.0)}),
     ("diffusionguard", {"times": "greedy"}),
     ("advdm", {"norm": "l2"}),
+    ("photoguard", {"sampled": True}),
+    ("pid", {"sampled": True}),
 ]
+
+FLAGS = {"draws": "eot", "output_kind": "ace-output", "sampled": "sample-latents"}
 
 
 @pytest.mark.parametrize(("method", "options"), IDLE)
 def test_an_option_that_would_do_nothing_is_refused(method: str, options: dict[str, Any]) -> None:
     (name,) = options
-    words = name.replace("_", "-")
+    words = FLAGS.get(name, name).replace("_", "-")
     with pytest.raises(UserError, match=f"--{words}: does nothing for the method {method}"):
         Settings(method, **options).check()
 
@@ -89,5 +93,16 @@ def test_every_method_takes_the_options_of_the_loop() -> None:
         if row.loss is not None:
             Settings(
                 name, levels=4, steps=3, momentum=1.0, decay=True, contrast=True, views=2,
-                transforms=("jpeg", "identity"), sampled=True, seed=5,
+                transforms=("jpeg", "identity"), draws=3, seed=5,
             ).check()  # fmt: skip
+
+
+def test_encoders_draw_transforms_and_latents_alone() -> None:
+    """--eot was refused for them, also where each draw would see another transform."""
+    for name in ("texture", "photoguard", "pid"):
+        Settings(name, transforms=("jpeg",), draws=4).check()
+        with pytest.raises(UserError, match="--eot: does nothing .* without --transforms"):
+            Settings(name, draws=4).check()
+    Settings("texture", sampled=True, draws=4).check()
+    with pytest.raises(UserError, match="--sample-latents"):
+        Settings("pid", sampled=True).check()

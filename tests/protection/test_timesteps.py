@@ -54,6 +54,23 @@ def test_times_with_large_gradients_stay(tiny_model: Loader) -> None:
     assert kept[0].tolist() != kept[1].tolist()
 
 
+def test_times_without_a_finite_gradient_go_first(tiny_model: Loader) -> None:
+    """In half precision one such time made the picture NaN, after which all times were alike, and
+    those that were kept came by chance."""
+
+    def broken_late(scene: Scene) -> Tensor:
+        t, _ = scene.noise
+        loud = torch.where(t < 500, 1.0, float("nan")) * (1 + t / 1000)
+        return loud.view(-1) * scene.z.flatten(1).sum(1)
+
+    with attack(tiny_model("sd"), Settings("advdm", prompt="a"), random_pixels(1)) as ready:
+        assert ready.gradient is not None
+        ready.gradient.method = replace(METHODS["advdm"], loss=broken_late)
+        (kept,) = useful_times(ready.gradient, ready.pgd)
+    assert float((kept < 500).float().mean()) > 0.8
+    assert float(kept.float().mean()) > 250
+
+
 def test_what_a_picture_keeps_is_its_own_affair(tiny_model: Loader) -> None:
     """Alone or in a batch, whichever of them is done first."""
     settings, pixels = Settings("advdm", prompt="a"), random_pixels(2)
