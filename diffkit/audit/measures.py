@@ -80,7 +80,7 @@ def retention_summary(
 
     "protected" is None, read "n/a", where the effect without the purifier is not clear of the
     control: a share of nothing says nothing. "random" is the floor, what is left of the effect of
-    mere noise. None for numbers of information.
+    mere noise; None of a score whose effect of noise may be zero. None for numbers of information.
     """
     if plain.information:
         return None
@@ -88,9 +88,10 @@ def retention_summary(
     def left(name: str) -> dict[str, float | None]:
         return intervals.ratio(purified.effect[name], plain.effect[name], resamples).to_json()
 
+    floor = not plain.score or intervals.mean(plain.effect[CONTROL], resamples).excludes_zero
     return {
         PROTECTED: left(PROTECTED) if plain.clear else None,
-        CONTROL: left(CONTROL),
+        CONTROL: left(CONTROL) if floor else None,
         "effect": effect_summary(purified, resamples)["effect"],
     }
 

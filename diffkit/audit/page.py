@@ -19,7 +19,14 @@ from diffkit.audit.outcome import Audit, ModelAudit, shown_pictures
 from diffkit.audit.pictures import AGAIN, JPEG, LABELS, AuditPicture, open_versions
 from diffkit.audit.plots import effect_plot, retention_plot
 from diffkit.audit.purifiers.plain import to_pillow
-from diffkit.audit.summary import attacked_words, estimate, number_of, percent, shown_number
+from diffkit.audit.summary import (
+    attacked_words,
+    estimate,
+    number_of,
+    percent,
+    reading_of,
+    shown_number,
+)
 from diffkit.evaluation.gallery import Pair, Shot, embed
 from diffkit.evaluation.templates import render_page
 from diffkit.files import atomic_write
@@ -144,11 +151,8 @@ def _edit_line(row: Mapping[str, Any], found: Mapping[str, Any], name: str) -> L
     cells.append((number_of(found.get("over_random")), ""))
     cells += [estimate(effect.get(v), score) for v in (JPEG, AGAIN)]
     cells += [estimate(original.get(v)) for v in (PROTECTED, CLEAN)]
-    clear = bool(found.get("clear"))
-    reading = "clear of random noise" if clear else "not clear of random noise"
-    if "clear" not in found:
-        reading = "for information"
-    return Line(f"{row['threat']} {row['setting']}", tuple(cells), reading, clear, row["honest"])
+    name, reading = f"{row['threat']} {row['setting']}", reading_of(found)
+    return Line(name, tuple(cells), reading, bool(found.get("clear")), row["honest"])
 
 
 def _short(row: Mapping[str, Any]) -> str:

@@ -14,6 +14,8 @@ from diffkit.evaluation.wording import estimate_text, number
 
 __all__ = ["print_summary"]
 
+TOO_FEW = "too few pictures"
+
 
 def print_summary(report: Mapping[str, Any], console: Console | None = None) -> None:
     """One table a model for edits, one for purifiers, and what was left out."""
@@ -37,6 +39,15 @@ def print_summary(report: Mapping[str, Any], console: Console | None = None) -> 
             console.print(f"broken off: {name} ({reason})", highlight=False)
         for name, reason in model["skipped"].items():
             console.print(f"not measured with {model['name']}: {name} ({reason})", highlight=False)
+
+
+def reading_of(found: Mapping[str, Any]) -> str:
+    """What an effect says beside the control's."""
+    if "clear" not in found:
+        return "for information"
+    if found["effect"][PROTECTED]["low"] is None:
+        return TOO_FEW
+    return "clear of random noise" if found["clear"] else "not clear of random noise"
 
 
 def attacked_words(attacked: bool | None) -> str:
@@ -76,7 +87,7 @@ def _edit_table(model: Mapping[str, Any], title: str, report: Mapping[str, Any])
                 _estimate(found["effect"].get(PROTECTED), key == "alignment"),
                 _estimate(found["effect"].get(CONTROL), key == "alignment"),
                 number_of(found.get("over_random")),
-                "clear" if found.get("clear") else "not clear of random noise",
+                reading_of(found),
             )
     return table
 
@@ -119,11 +130,14 @@ def _estimate(value: Mapping[str, Any] | None, signed: bool = False) -> str:
 
 
 def estimate(value: Mapping[str, Any] | None, signed: bool = False) -> tuple[str, str]:
-    """A number and its interval as text; "–" for what was not measured or is undefined."""
+    """A number and its interval as text; "–" for what was not measured or is undefined.
+
+    Without an interval it says so: there were fewer than three pictures to draw from.
+    """
     if value is None or value["value"] is None:
         return "–", ""
     if value["low"] is None or value["high"] is None:
-        return number(value["value"], signed=signed), ""
+        return number(value["value"], signed=signed), f"({TOO_FEW})"
     text, interval = estimate_text(value, signed)
     return text, f"[{interval}]"
 

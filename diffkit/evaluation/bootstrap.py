@@ -30,6 +30,7 @@ __all__ = [
     "mean_interval",
     "paired_interval",
     "pivotal_interval",
+    "student_quantile",
     "widened_tails",
 ]
 
@@ -126,7 +127,7 @@ def widened_tails(group_count: int, level: float = 0.95) -> float:
 
     Phi(sqrt(G / (G - 1)) t_{alpha / 2, G - 1}), which tends to alpha / 2 from below.
     """
-    t = _student_quantile(level, group_count - 1)
+    t = student_quantile(level, group_count - 1)
     return 0.5 * math.erfc(math.sqrt(group_count / (group_count - 1)) * t / math.sqrt(2))
 
 
@@ -159,7 +160,7 @@ def _quantiles(replicates: Tensor, group_count: int, level: float) -> tuple[floa
 
 
 @cache
-def _student_quantile(level: float, freedom: int) -> float:
+def student_quantile(level: float, freedom: int) -> float:
     """t with P(|T| <= t) = level for Student's T.
 
     With T = sqrt(freedom) tan(phi), the density of phi is cos(phi)^(freedom - 1).

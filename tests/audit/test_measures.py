@@ -83,3 +83,14 @@ def test_pictures_are_gathered_and_what_one_lacks_is_left_out() -> None:
     assert found["latent_l2"].vs_original[CLEAN].tolist() == [[10, 15], [11, 16]]
     assert found["alignment"].score
     assert found["alignment"].effect[PROTECTED].tolist() == [[-0.25, -0.25], [0, 0]]
+
+
+def test_what_is_left_of_a_score_that_noise_does_not_move_is_not_told() -> None:
+    """Alignment behind JPEG: noise moved it by 0.001 with and without, which read "-340 % left"."""
+    around_zero = torch.tensor([[0.01, -0.01, 0.002], [-0.008, 0.01, -0.003]]).double()
+    plain = Values({PROTECTED: -0.2 * ONES, CONTROL: around_zero}, {}, score=True)
+    found = retention_summary(values(-0.1, 0.01, score=True), plain)
+    assert found is not None and found[CONTROL] is None
+    assert found[PROTECTED]["value"] == pytest.approx(0.5)
+    steady = retention_summary(values(-0.1, 0.01, score=True), values(-0.2, 0.02, score=True))
+    assert steady is not None and steady[CONTROL]["value"] == pytest.approx(0.5)

@@ -23,7 +23,7 @@ from diffkit.audit.purifiers.registry import PURIFIERS, parse_purifiers
 from diffkit.audit.report import build_report
 from diffkit.audit.request import AuditRequest
 from diffkit.audit.run import run_audit
-from diffkit.audit.sdedit import Edit
+from diffkit.audit.sdedit import Edit, noise_seeds
 from diffkit.audit.threats import parse_threats
 from diffkit.audit.work import Work
 from diffkit.errors import RunFailed, UserError
@@ -54,7 +54,7 @@ def audit(root: Path, model: Path, **values: Any) -> dict[str, Any]:
 
 
 def test_a_picture_against_itself_has_exactly_no_effect(tmp_path: Path, tiny_sd: Path) -> None:
-    two_folders(tmp_path, same=True)
+    two_folders(tmp_path, 3, same=True)
     numbers = audit(tmp_path, tiny_sd)["models"][0]["threats"][0]["numbers"]
     nothing = {"value": 0.0, "low": 0.0, "high": 0.0}
     for name in numbers.keys() - {"psnr"}:
@@ -66,7 +66,7 @@ def test_a_picture_against_itself_has_exactly_no_effect(tmp_path: Path, tiny_sd:
 
 @pytest.mark.slow
 def test_identity_leaves_exactly_all_of_it(tmp_path: Path, tiny_sd: Path) -> None:
-    two_folders(tmp_path)
+    two_folders(tmp_path, 3)
     report = audit(tmp_path, tiny_sd, purify="identity,jpeg75")
     numbers = report["models"][0]["threats"][0]["numbers"]
     same, jpeg = report["models"][0]["purifiers"]
@@ -253,7 +253,7 @@ def test_numbers_are_those_of_the_library(tmp_path: Path, tiny_sd: Path) -> None
     x = [pixels(i) for i in range(2)]
     y = [protected(p) for p in x]
     model = LatentDiffusion.load(tiny_sd)
-    found = sdedit_effects(model, x, {"y": y}, (0.03,), (0, 1), "a")["y"]
+    found = sdedit_effects(model, x, {"y": y}, (0.03,), noise_seeds(0, 2), "a")["y"]
     shown = report["models"][0]["threats"][0]["numbers"]["latent_l2"]
     assert shown["effect"][PROTECTED]["value"] == pytest.approx(
         float(found.effect["latent_l2"].mean()), rel=1e-6

@@ -17,11 +17,11 @@ from diffkit import randomness
 from diffkit.errors import UserError
 from diffkit.evaluation.bootstrap import (
     Interval,
-    _student_quantile,
     group_weights,
     mean_interval,
     paired_interval,
     pivotal_interval,
+    student_quantile,
 )
 from diffkit.evaluation.frechet import frechet_distance
 from diffkit.evaluation.moments import Moments
@@ -137,8 +137,8 @@ def test_mean_interval_uses_those_weights() -> None:
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 30, 1000, 20000])
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
-def test_student_quantile(freedom: int, level: float) -> None:
-    assert _student_quantile(level, freedom) == pytest.approx(
+def teststudent_quantile(freedom: int, level: float) -> None:
+    assert student_quantile(level, freedom) == pytest.approx(
         stats.t.ppf((1 + level) / 2, freedom), rel=1e-5
     )
 

@@ -164,16 +164,16 @@ def known() -> Results:
     """Random has effect 1, AdvDM 3 (a third is left after purifying), SDS- is as random."""
     cells: dict[tuple[str, int], dict[str, Any]] = {}
     for method, size in (("random", 1.0), ("advdm", 3.0), ("sds-", 1.0)):
-        strengths = {f"{s}": [size, size] for s in plan.STRENGTHS}
-        purified = {name: [1.0, 1.0] for name in plan.PURIFIERS}
+        strengths = {f"{s}": [size] * 3 for s in plan.STRENGTHS}
+        purified = {name: [1.0] * 3 for name in plan.PURIFIERS}
         both = {**strengths, **purified}
         for seed in plan.SEEDS:
             cells[plan.edit_arm(method, 16), seed] = {
                 "latent": both,
                 "ssim": both,
-                "amplification": [size, size],
-                "loss": [0.25, 0.25],
-                "pull": [-0.5, -0.5],
+                "amplification": [size] * 3,
+                "loss": [0.25] * 3,
+                "pull": [-0.5] * 3,
             }
     for seed in plan.SEEDS:
         cells["lora-clean", seed] = dict.fromkeys(("kernel_style", "kernel", "frechet"), 1.0)

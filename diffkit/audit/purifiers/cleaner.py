@@ -9,6 +9,8 @@ small beside sqrt(eps) = 4 levels goes. The filters follow OpenCV's definitions,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,9 @@ from diffkit.audit.purifiers.base import Kind, Models, Work
 __all__ = ["CLEANER", "adverse_cleaner", "bilateral", "guided"]
 
 _REACH, _SIGMA = 2, 8.0
+_HALF_DISK = ((0, 1), (0, 2), (1, -1), (1, 0), (1, 1), (2, 0))
 _RADIUS, _EPS = 4, 16.0
+_STRIP = 1 << 17  # pixels that are filtered at once: they stay in the processor's cache
 
 
 def adverse_cleaner(pixels: Tensor, smoothings: int = 64, guidings: int = 4) -> Tensor:
@@ -25,10 +29,27 @@ def adverse_cleaner(pixels: Tensor, smoothings: int = 64, guidings: int = 4) -> 
     guide = pixels.float()
     y = guide
     for _ in range(smoothings):
-        y = bilateral(y)
+        y = _in_strips(bilateral, _REACH, y)
     for _ in range(guidings):
-        y = guided(guide, y)
+        y = _in_strips(guided, 2 * _RADIUS, guide, y)
     return y.round().clamp(0, 255).to(torch.uint8)
+
+
+def _in_strips(filter_: Callable[..., Tensor], halo: int, *images: Tensor) -> Tensor:
+    """A filter on strips of rows, in memory that does not grow with the picture.
+
+    `halo` rows around a strip go in and are cut off again; only at the picture's own borders does
+    the filter mirror, so the result is that of the whole picture.
+    """
+    height, width = images[0].shape[-2:]
+    rows = max(4 * halo, _STRIP // width)
+    parts = []
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        first, last = max(0, top - halo), min(height, bottom + halo)
+        made = filter_(*(image[:, first:last] for image in images))
+        parts.append(made[:, top - first : bottom - first])
+    return torch.cat(parts, 1)
 
 
 def bilateral(x: Tensor) -> Tensor:
@@ -40,21 +61,23 @@ def bilateral(x: Tensor) -> Tensor:
     Arguments:
         x: (3, H, W) float32 in 0..255. Outside, it is mirrored without its border pixel.
     """
-    height, width = x.shape[-2:]
     wide = _mirrored(x, _REACH, repeat=False)
-    total, weights = x.clone(), torch.ones_like(x[:1])
-    for down in range(-_REACH, _REACH + 1):
-        for across in range(-_REACH, _REACH + 1):
-            squared = down * down + across * across
-            if squared == 0 or squared > _REACH * _REACH:
-                continue
-            top, left = _REACH + down, _REACH + across
-            other = wide[:, top : top + height, left : left + width]
-            distance = (other - x).abs().sum(0, keepdim=True)
-            weight = torch.exp(-(distance.square() + squared) / (2 * _SIGMA**2))
-            total += weight * other
-            weights += weight
-    return total / weights
+    height, width = wide.shape[-2:]
+    total, weights = wide.clone(), torch.ones_like(wide[:1])
+    # the weight of two pixels is that of either for the other: half of the disk is enough
+    for down, across in _HALF_DISK:
+        left, right = max(0, -across), max(0, across)
+        here = (..., slice(0, height - down), slice(left, width - right))
+        there = (..., slice(down, height), slice(right, width - left))
+        distance = (wide[there] - wide[here]).abs_().sum(0, keepdim=True)
+        weight = distance.square_().add_(down * down + across * across)
+        weight = weight.mul_(-1 / (2 * _SIGMA**2)).exp_()
+        total[here].addcmul_(weight, wide[there])
+        total[there].addcmul_(weight, wide[here])
+        weights[here] += weight
+        weights[there] += weight
+    inner = (..., slice(_REACH, height - _REACH), slice(_REACH, width - _REACH))
+    return total[inner] / weights[inner]
 
 
 def guided(guide: Tensor, x: Tensor) -> Tensor:
@@ -71,23 +94,42 @@ def guided(guide: Tensor, x: Tensor) -> Tensor:
     # Variances are differences of squares of up to 65025: float32 would lose small ones.
     image, wanted = guide.double(), x.double()
     mean_i, mean_x = _box(image), _box(wanted)
-    squares = _box((image[:, None] * image[None]).flatten(0, 1)).unflatten(0, (3, 3))
-    crossed = _box((image[:, None] * wanted[None]).flatten(0, 1)).unflatten(0, (3, 3))
-    sigma = (squares - mean_i[:, None] * mean_i[None]).permute(2, 3, 0, 1)
-    covariance = (crossed - mean_i[:, None] * mean_x[None]).permute(2, 3, 0, 1)
-    eps = _EPS * torch.eye(3, dtype=torch.float64, device=x.device)
-    # (H, W, 3 of the guide, 3 of x)
-    a = torch.linalg.inv(sigma + eps) @ covariance
-    slope = a.permute(2, 3, 0, 1)
-    offset = mean_x - (slope * mean_i[:, None]).sum(0)
-    mean_slope = _box(slope.flatten(0, 1)).unflatten(0, (3, 3))
-    return ((mean_slope * image[:, None]).sum(0) + _box(offset)).float()
+    pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
+    squares = _box(torch.stack([image[i] * image[j] for i, j in pairs]))
+    sigma = {
+        (i, j): square - mean_i[i] * mean_i[j] + (_EPS if i == j else 0.0)
+        for (i, j), square in zip(pairs, squares, strict=True)
+    }
+    inverse = _inverse(sigma)
+    result = torch.empty_like(x)
+    for channel in range(3):
+        crossed = _box(image * wanted[channel]) - mean_i * mean_x[channel]
+        a = (inverse * crossed[None]).sum(1)
+        b = mean_x[channel] - (a * mean_i).sum(0)
+        means = _box(torch.cat([a, b[None]]))
+        result[channel] = ((means[:3] * image).sum(0) + means[3]).float()
+    return result
+
+
+def _inverse(s: Mapping[tuple[int, int], Tensor]) -> Tensor:
+    """Of symmetric 3 x 3 matrices, upper halves given by (row, column): (3, 3, H, W), Cramer's."""
+    c00 = s[1, 1] * s[2, 2] - s[1, 2].square()
+    c01 = s[0, 2] * s[1, 2] - s[0, 1] * s[2, 2]
+    c02 = s[0, 1] * s[1, 2] - s[0, 2] * s[1, 1]
+    c11 = s[0, 0] * s[2, 2] - s[0, 2].square()
+    c12 = s[0, 1] * s[0, 2] - s[0, 0] * s[1, 2]
+    c22 = s[0, 0] * s[1, 1] - s[0, 1].square()
+    determinant = s[0, 0] * c00 + s[0, 1] * c01 + s[0, 2] * c02
+    rows = [torch.stack(row) for row in ((c00, c01, c02), (c01, c11, c12), (c02, c12, c22))]
+    return torch.stack(rows) / determinant
 
 
 def _box(x: Tensor) -> Tensor:
     """Mean over a box of radius 4 of every channel: (C, H, W) -> (C, H, W)."""
     wide = _mirrored(x, _RADIUS, repeat=True)
-    return torch.nn.functional.avg_pool2d(wide[None], 2 * _RADIUS + 1, stride=1)[0]
+    side = 2 * _RADIUS + 1
+    rows = torch.nn.functional.avg_pool2d(wide[None], (side, 1), stride=1)
+    return torch.nn.functional.avg_pool2d(rows, (1, side), stride=1)[0]
 
 
 def _mirrored(x: Tensor, reach: int, repeat: bool) -> Tensor:

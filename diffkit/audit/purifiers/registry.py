@@ -19,7 +19,8 @@ PURIFIERS: dict[str, Kind] = {
 }
 
 DEFAULT_PURIFIERS = "jpeg90,jpeg75,jpeg50,resize,crop,adverse-cleaner,noise0.05,noise0.1"
-"""What costs seconds on a CPU and no second model."""
+"""What needs no second model. On one core adverse-cleaner takes some 20 s a megapixel, the others
+less than a second."""
 
 _ITEM = re.compile(r"(?P<name>[a-z]+(?:-[a-z]+)*)(?P<amount>[0-9.]*)(?::(?P<source>.+))?")
 

@@ -2,6 +2,8 @@
 
 The picture with Gaussian noise of sigma 0.1 on [0, 1] goes through Stable Diffusion's x4 upscaler,
 told the prompt and a noise level of 320 of its 350; the large picture is brought back, bicubic.
+A picture with a side above 768 pixels is seen at a short side of 512, as the authors' pictures have
+it, long ones in windows; four times 12 megapixels would fit no memory.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from torch import Tensor
 
 from diffkit import randomness
 from diffkit.audit.purifiers.base import Amount, Kind, Models, Work
-from diffkit.audit.purifiers.latent import resized
+from diffkit.audit.purifiers.latent import resized, through_views
 from diffkit.errors import UserError
-from diffkit.evaluation.pictures import to_uint8
+from diffkit.evaluation.pictures import to_float, to_uint8
 from diffkit.models.weights import refuse_pickles
+from diffkit.protection.views import plan_views
 
 __all__ = ["UPSCALE"]
 
 _CLASS = "StableDiffusionUpscalePipeline"
 _SIGMA = 0.1
+_LARGEST, _SIDE, _MULTIPLE = 768, 512, 8
 _STEPS, _GUIDANCE = 75, 9.0  # the pipeline's own
 
 
@@ -60,20 +64,33 @@ def _upscale(level: float, models: Models, source: str | None) -> Work:
             f"--purify upscale{level:g}:{source}: this upscaler takes noise levels up to {largest}."
         )
 
-    def work(pixels: Tensor, seed: int) -> Tensor:
-        draw = randomness.normal(pixels.shape, seed, "purify", "upscale")
-        noisy = (pixels / 255 + _SIGMA * draw).clamp(0, 1)[None]
+    def make(images: Tensor, seed: int, name: str) -> Tensor:
+        """(1, 3, h, w) in [-1, 1] -> the same, of another size."""
+        draw = randomness.normal(images.shape, seed, "purify", "upscale", name)
+        noisy = ((images + 1) / 2 + _SIGMA * draw).clamp(0, 1)
         large: Tensor = pipeline(
             prompt=[models.prompt],
             image=noisy,
             noise_level=int(level),
             num_inference_steps=_STEPS,
             guidance_scale=_GUIDANCE,
-            generator=randomness.generator(seed, "purify", "upscale", "pipeline"),
+            generator=randomness.generator(seed, "purify", "upscale", "pipeline", name),
             output_type="pt",
         ).images
-        images = torch.as_tensor(large).float().cpu() * 2 - 1
-        return to_uint8(resized(images, pixels.shape[-2:]))[0]
+        return torch.as_tensor(large).float().cpu() * 2 - 1
+
+    def work(pixels: Tensor, seed: int) -> Tensor:
+        height, width = pixels.shape[-2:]
+        if max(height, width) <= _LARGEST:
+            return to_uint8(resized(make(to_float(pixels)[None], seed, "whole"), (height, width)))[
+                0
+            ]
+        views = plan_views(height, width, _SIDE, _MULTIPLE, views=1).whole
+        return through_views(
+            pixels,
+            views,
+            lambda images, view: resized(make(images, seed, view.name), images.shape[-2:]),
+        )
 
     return work
 

@@ -48,6 +48,26 @@ def test_a_real_upscaler(folder, monkeypatch):
     assert purifier(odd, 1).shape == odd.shape
 
 
+def test_large_pictures_are_seen_in_views(folder, monkeypatch):
+    """Twelve megapixels went in whole, came out as 192, and no memory held them."""
+    for name, value in (("_STEPS", 1), ("_LARGEST", 32), ("_SIDE", 16)):
+        monkeypatch.setattr(upscale, name, value)
+    (purifier,) = parse_purifiers(f"upscale:{folder}", Models(prompt="a"))
+    pipeline = purifier.prepare()._models._kept[f"upscale:{folder}"]
+    sizes = []
+    original = type(pipeline).__call__
+
+    def watched(self, *args, **named):
+        sizes.append(tuple(named["image"].shape[-2:]))
+        return original(self, *args, **named)
+
+    monkeypatch.setattr(type(pipeline), "__call__", watched)
+    pixels = randomness.integers(0, 256, (3, 40, 60), "large").to(torch.uint8)
+    found = purifier(pixels, 1)
+    assert found.shape == pixels.shape and torch.equal(found, purifier(pixels, 1))
+    assert sizes and all(min(size) == 16 and max(size) <= 32 for size in sizes)
+
+
 def test_other_folders_and_levels_are_refused(folder, tiny_sd, tmp_path):
     for text, message in (
         (f"upscale:{tiny_sd}", "is a StableDiffusionPipeline"),
