@@ -217,7 +217,7 @@ def main(config: ProtectConfig) -> int:
     if config.dry_run:
         return _dry_run(config, request, dtype, device, processes.rank)
     model, ensemble, identity = _models(config, request, dtype, device)
-    job = plan_job(request, identity)
+    job = plan_job(request, identity, on_cpu=device == "cpu")
     for line in hints(job, request, processes.count, config.report or config.preview):
         say(line)
     if config.preview:
@@ -372,7 +372,7 @@ def _models(
     from diffkit.generation.engine import weights_digest
     from diffkit.models.latent_diffusion import LatentDiffusion
     from diffkit.models.model_card import public_name
-    from diffkit.protection.protect import prepared
+    from diffkit.protection.protect import check_mask, prepared
 
     if request.settings.row.loss is None:
         return None, [], {}
@@ -383,8 +383,10 @@ def _models(
         )
         for i, source in enumerate(sources)
     ]
+    # Both refuse what cannot be done before anything is written.
+    check_mask(loaded[0], request.settings, request.mask is not None)
     with prepared(loaded[0], request.settings, loaded[1:]):
-        pass  # refuses what it cannot do before anything is written
+        pass
     identity = {
         "names": [public_name(source) for source in sources],
         "revision": config.revision,

@@ -24,7 +24,7 @@ from diffkit.protection.inputs import (
     find_pictures,
     output_names,
 )
-from diffkit.protection.rounds import attack_rounds, training_steps
+from diffkit.protection.rounds import attack_rounds, prior_weight, training_steps
 from diffkit.protection.settings import Settings
 from diffkit.protection.sidecar import (
     is_result,
@@ -34,6 +34,7 @@ from diffkit.protection.sidecar import (
     state,
 )
 from diffkit.protection.targets import target_digest
+from diffkit.protection.views import usual_views
 
 __all__ = ["Item", "Job", "Request", "Unit", "plan_job"]
 
@@ -161,7 +162,7 @@ class Job:
         return [unit for unit in self.units if not unit.done]
 
 
-def plan_job(request: Request, model: dict[str, Any] | None) -> Job:
+def plan_job(request: Request, model: dict[str, Any] | None, on_cpu: bool = True) -> Job:
     """Find the pictures and what of them is done.
 
     Arguments:
@@ -181,7 +182,7 @@ def plan_job(request: Request, model: dict[str, Any] | None) -> Job:
     if model is not None:
         check_writable(request.output)
         remove_leftovers(request.output)
-    common = _parameters(request, model or {})
+    common = _parameters(request, model or {}, on_cpu)
     masks = _masks(request.mask)
     joint = request.settings.row.joint is not None
     found: list[tuple[Input, Path | None, str, str | None]] = []
@@ -200,14 +201,17 @@ def plan_job(request: Request, model: dict[str, Any] | None) -> Job:
     return Job(tuple(_units(items, joint)), tuple(skipped))
 
 
-def _parameters(request: Request, model: dict[str, Any]) -> dict[str, Any]:
+def _parameters(request: Request, model: dict[str, Any], on_cpu: bool) -> dict[str, Any]:
     settings = request.settings
+    usual = usual_views(settings.tiles, settings.row.encoder_only, on_cpu)
     target = settings.shown_target
     return {
         **dataclasses.asdict(settings),
         **dataclasses.asdict(settings.rule()),
         **_companions(request),
         "prompt": settings.shown_prompt,
+        "views": usual if settings.views is None else settings.views,
+        "prior_weight": prior_weight(settings, on_cpu),
         "target": target_digest(target) if target not in ("", "zero") else target,
         "keep_jpeg": request.keep_jpeg,
         "max_lpips": request.max_lpips,

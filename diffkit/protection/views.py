@@ -30,7 +30,7 @@ from diffkit.errors import UserError
 from diffkit.models.conditioner import Sizes
 from diffkit.randomness import permutation, uniform
 
-__all__ = ["DETAIL_FROM", "TILES_FROM", "View", "ViewPlan", "plan_views"]
+__all__ = ["DETAIL_FROM", "TILES_FROM", "View", "ViewPlan", "plan_views", "usual_views"]
 
 DETAIL_FROM = 1.25
 """Detail views exist above this ratio f of the short side to R."""
@@ -279,13 +279,18 @@ def plan_views(
     if tiles and views is not None and views > 1:
         raise UserError(f"tiles take the place of detail views: give tiles or views {views}.")
     if views is None:
-        views = 1 if tiles or (encoder_only and on_cpu) else 2
+        views = usual_views(tiles, encoder_only, on_cpu)
     resolution = multiple * max(1, round(resolution / multiple))
     scale = min(height, width) / resolution
     details = views - 1 if scale > DETAIL_FROM else 0
     return ViewPlan(
         height, width, resolution, multiple, square, details, tiles and scale > TILES_FROM
     )
+
+
+def usual_views(tiles: bool, encoder_only: bool, on_cpu: bool) -> int:
+    """Views of a step where nobody says: 1 with tiles and for the encoder on a CPU, otherwise 2."""
+    return 1 if tiles or (encoder_only and on_cpu) else 2
 
 
 def _starts(length: int, part: int, count: int) -> list[int]:

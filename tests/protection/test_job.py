@@ -141,6 +141,25 @@ def test_every_choice_makes_another_job_and_names_do_not(
         assert keys(same) == base
 
 
+def test_defaults_of_another_device_make_another_job(request_of: Request) -> None:
+    """Views and the weight of class pictures follow the device where nobody says; results of a CPU
+    were taken for done on a GPU, which would have made others."""
+    named = Settings("ace", class_prompt="a painting")
+    for settings in (Settings("texture"), named):
+        request = replace(request_of, settings=settings)
+        assert digests(request, True) != digests(request, False)
+    for same in (
+        replace(request_of, settings=Settings("texture", views=2)),
+        replace(request_of, settings=Settings("advdm")),
+        replace(request_of, settings=replace(named, prior_weight=0.5)),
+    ):
+        assert digests(same, True) == digests(same, False)
+
+
+def digests(request: Request, on_cpu: bool) -> list[str]:
+    return [item.parameters for item in plan_job(request, MODEL, on_cpu).items]
+
+
 def test_masks_of_a_folder_go_by_stem(request_of: Request, tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()
