@@ -24,7 +24,7 @@ from diffkit.protection.estimate import StepCost, StepShape, estimate_step, in_b
 from diffkit.protection.job import Job, Request
 from diffkit.protection.memory import Effort, free_memory
 from diffkit.protection.pgd import Pgd, StepRule
-from diffkit.protection.protect import check_model, plan_for
+from diffkit.protection.protect import check_mask, check_model, idle_networks, plan_for
 from diffkit.protection.rounds import work_of
 from diffkit.protection.settings import Settings
 from diffkit.protection.timesteps import SEARCH
@@ -40,6 +40,10 @@ _BUFFERS = 12
 
 _MARGIN = 0.9
 """Share of the free memory that a job may be planned for."""
+
+_WAITING = 7
+"""Bytes of each value of a picture of a folder that is protected together: as it was read, as it is
+attacked and as it is saved, 8 bits each, and x."""
 
 _SAMPLE = 512  # side in pixels of the picture that is timed
 
@@ -78,7 +82,8 @@ class JobEstimate:
         largest: (height, width) of the largest view; None where no model is used.
         flops: floating-point operations of the networks, attention's products left out.
         seconds: estimated; with a limit of LPIPS for the worst case of its search.
-        memory_bytes: estimated peak, the networks' weights included.
+        memory_bytes: estimated peak on the device, the weights of all networks included.
+        waiting_bytes: what a folder that is protected together takes in the memory of the CPU.
         free_bytes: what is free for it, None if unknown.
         lean, batch_size: how it will be done.
         lowered: whether these ask for less memory than the user did.
@@ -92,6 +97,7 @@ class JobEstimate:
     flops: int = 0
     seconds: float = 0.0
     memory_bytes: int = 0
+    waiting_bytes: int = 0
     free_bytes: int | None = None
     lean: bool = False
     batch_size: int = 1
@@ -124,6 +130,9 @@ class JobEstimate:
             f"estimate: {in_time(self.seconds)}, {in_bytes(self.memory_bytes)} of memory{free}, "
             f"{_si(self.flops)}FLOP."
         )
+        if self.waiting_bytes:
+            folder = in_bytes(self.waiting_bytes)
+            lines.append(f"All pictures of a folder wait in the memory of the CPU: {folder}.")
         if self.settings.class_prompt is not None:
             lines.append("Making class pictures comes on top, where they are not there yet.")
         if self.lowered:
@@ -150,6 +159,7 @@ class JobEstimate:
             "flops": self.flops,
             "seconds": self.seconds,
             "memory_bytes": self.memory_bytes,
+            "waiting_bytes": self.waiting_bytes,
             "free_bytes": self.free_bytes,
             "low_vram": self.lean,
             "batch_size": self.batch_size,
@@ -175,6 +185,7 @@ def estimate_job(
     nets = models.skeletons()
     for net in nets:
         check_model(net, settings)
+    check_mask(nets[0], settings, request.mask is not None)
     sizes = Counter(item.source.header.size for item in items)
     place = torch.device(device)
     plans = {size: plan_for(nets[0], settings, *size, device=place).shapes for size in sizes}
@@ -182,11 +193,13 @@ def estimate_job(
     seen = sum(sizes[size] * sum(map(math.prod, plan)) for size, plan in plans.items())
     areas = seen / math.prod(largest)
     pixels = sum(3 * math.prod(size) * count for size, count in sizes.items())
-    count = _Count(nets, settings, largest, dtype, 3 * max(map(math.prod, sizes)))
+    waiting = _waiting(job, settings)
+    most = 3 * max(map(math.prod, sizes))
+    count = _Count(nets, settings, largest, dtype, most, waiting if place.type == "cpu" else None)
     batch = min(request.batch_size, len(items))
     effort = Effort(batch, request.lean)
     free = free_memory(device)
-    held = count.weights if models.loaded else 0
+    held = count.loaded if models.loaded else 0
     while free is not None and count.memory(effort) - held > _MARGIN * free and effort.lower():
         pass
     rates = measure_rates(device, dtype)
@@ -205,11 +218,20 @@ def estimate_job(
         flops=int(areas * gradients * step.flops),
         seconds=tries * (areas * network + own),
         memory_bytes=count.memory(effort),
+        waiting_bytes=waiting,
         free_bytes=None if free is None else free + held,
         lean=effort.lean,
         batch_size=effort.batch_size,
         lowered=(effort.lean, effort.batch_size) != (request.lean, batch),
     )
+
+
+def _waiting(job: Job, settings: Settings) -> int:
+    """Bytes of the largest folder that is protected together."""
+    if settings.row.joint is None:
+        return 0
+    values = [sum(3 * math.prod(i.source.header.size) for i in unit.items) for unit in job.pending]
+    return _WAITING * max(values)
 
 
 def _gradients(job: Job, settings: Settings) -> float:
@@ -224,7 +246,16 @@ def _gradients(job: Job, settings: Settings) -> float:
 
 
 class _Count:
-    """Costs of a step of the largest view, each effort counted once."""
+    """Costs of a step of the largest view, each effort counted once.
+
+    Arguments:
+        nets: without weights.
+        settings: method and options.
+        view: (height, width) of the largest.
+        dtype: of the networks.
+        pixels: values of the largest picture.
+        shared: bytes of what waits on a CPU, where the networks are there too; None on others.
+    """
 
     def __init__(
         self,
@@ -233,15 +264,29 @@ class _Count:
         view: tuple[int, int],
         dtype: torch.dtype,
         pixels: int,
+        shared: int | None,
     ) -> None:
         self.nets, self.settings, self.view, self.dtype = nets, settings, view, dtype
         self.pixels = pixels
+        self.shared = shared
         self._steps: dict[bool, StepCost] = {}
 
     @property
-    def weights(self) -> int:
-        """Bytes of the networks that a step runs through."""
-        return self.step(False).weight_bytes
+    def loaded(self) -> int:
+        """Bytes of all networks, which are on the device at first."""
+        return self._bytes([part for net in self.nets for part in net.networks.values()])
+
+    @property
+    def _aside(self) -> int:
+        """Bytes of those that leave it before the first step."""
+        if self.shared is not None:
+            return 0
+        return self._bytes(
+            [part for net in self.nets for part in idle_networks(net, self.settings)]
+        )
+
+    def _bytes(self, networks: Sequence[torch.nn.Module]) -> int:
+        return self.dtype.itemsize * sum(map(parameter_count, networks))
 
     def step(self, lean: bool) -> StepCost:
         """One picture's, over all models."""
@@ -255,7 +300,14 @@ class _Count:
         """Estimated peak in bytes."""
         step = self.step(effort.lean)
         each = step.memory_bytes - step.weight_bytes + 4 * _BUFFERS * self.pixels
-        return step.weight_bytes + self._trained + effort.batch_size * each
+        weights = self.loaded - self._aside + self._copied + self._trained
+        return max(self.loaded, weights + effort.batch_size * each + (self.shared or 0))
+
+    @property
+    def _copied(self) -> int:
+        """Bytes of autoencoders that compute on a copy in float32."""
+        vaes = [net.codec.vae for net in self.nets if net.codec.computes(self.dtype) != self.dtype]
+        return 4 * sum(parameter_count(vae) for vae in vaes if vae is not None)
 
     @property
     def _trained(self) -> int:

@@ -72,7 +72,10 @@ class Codec:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the networks compute."""
-        dtype: torch.dtype = self.vae.dtype
+        return self.computes(self.vae.dtype)
+
+    def computes(self, dtype: torch.dtype) -> torch.dtype:
+        """The same for weights of `dtype`."""
         upcast = dtype == torch.float16 and self.vae.config.force_upcast
         return torch.float32 if upcast else dtype
 

@@ -95,6 +95,10 @@ class PixelCodec(_Deterministic):
         """float32."""
         return torch.float32
 
+    def computes(self, dtype: torch.dtype) -> torch.dtype:
+        """float32."""
+        return torch.float32
+
     @property
     def context(self) -> int:
         """0: a pixel depends on no other."""

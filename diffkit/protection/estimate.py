@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.cost import (
@@ -184,32 +184,38 @@ def estimate_step(
         dtype: of weights and activations, for the bytes; the model's own by default.
         cond: what the denoiser is told, a batch of one; by default a prompt of one letter, encoded.
     """
-    size = (dtype or model.dtype).itemsize
+    dtype = dtype or model.dtype
+    size, own = dtype.itemsize, model.codec.computes(dtype).itemsize
     denoiser = model.denoiser if shape.denoiser != "none" else None
     networks = Surrogate(model.codec, denoiser).networks()
     lean = [model.denoiser.model] if shape.lean and shape.denoiser == "backward" else []
     with frozen(networks, lean):
         encoder = _encoder(model, height, width, shape.lean)
         encode = count(lambda: model.codec.encode_moments(_picture(model, height, width)))
-        head = _Head.of(model, height, width, shape, cond)
+        head = _Head.of(model, height, width, shape, cond, own // size)
     rounds = shape.draws if shape.transformed else 1
     passes = [(rounds, encoder.forward), (rounds, encoder.backward)]
     passes += [(shape.draws * n, cost) for n, cost in head.passes]
-    peak = max(encoder.peak_elements, encoder.saved_elements + head.peak)
+    peak = max(own * encoder.peak_elements, own * encoder.saved_elements + size * head.peak)
     weights = size * sum(parameter_count(network) for network in networks)
+    if own != size and isinstance(model.codec.vae, nn.Module):
+        weights += own * parameter_count(model.codec.vae)  # computes on a copy
     return StepCost(
         passes=tuple(passes),
         score=((1, encode), *((HELD_OUT * n, cost) for n, cost in head.score)),
         batch=shape.batch,
         weight_bytes=weights,
-        saved_bytes=size * shape.batch * (encoder.saved_elements + head.saved),
-        memory_bytes=weights + size * shape.batch * peak,
+        saved_bytes=shape.batch * (own * encoder.saved_elements + size * head.saved),
+        memory_bytes=weights + shape.batch * peak,
     )
 
 
 @dataclass(frozen=True)
 class _Head:
-    """What happens between the encoder's two passes, for one draw."""
+    """What happens between the encoder's two passes, for one draw.
+
+    saved and peak are in elements of the denoiser's size, of which one of the codec's may be two.
+    """
 
     passes: tuple[tuple[int, Cost], ...] = ()
     score: tuple[tuple[int, Cost], ...] = ()
@@ -224,6 +230,7 @@ class _Head:
         width: int,
         shape: StepShape,
         cond: Conditioning | None,
+        wide: int,
     ) -> _Head:
         if shape.denoiser == "none":
             return cls()
@@ -237,7 +244,8 @@ class _Head:
         if shape.unrolled == 0:
             passes = ((1, both.forward), (1, both.backward))
             return cls(passes, ((1, forward),), both.saved_elements, both.peak_elements)
-        return cls._unrolled(forward, both, _decoder(model, height, width), z.numel(), shape)
+        decoder = _decoder(model, height, width)
+        return cls._unrolled(forward, both, decoder, z.numel(), shape, wide)
 
     @classmethod
     def _unrolled(
@@ -247,6 +255,7 @@ class _Head:
         decoder: GradientCost,
         latents: int,
         shape: StepShape,
+        wide: int,
     ) -> _Head:
         """A sampler whose steps keep their latents only, and the decoded picture."""
         halves = 2 if shape.guided else 1
@@ -258,8 +267,8 @@ class _Head:
         return cls(
             passes,
             ((calls, forward), (1, decoder.forward)),
-            kept + decoder.saved_elements,
-            kept + max(step, decoder.peak_elements),
+            kept + wide * decoder.saved_elements,
+            kept + max(step, wide * decoder.peak_elements),
         )
 
 

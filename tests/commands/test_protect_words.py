@@ -12,19 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
+from diffkit.cli import main
 from diffkit.commands import protect_estimate
 from diffkit.commands.protect_estimate import Models, estimate_job
 from diffkit.commands.protect_words import closing, hints, measured, opening
 from diffkit.errors import UserError
+from diffkit.models.cost import parameter_count
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.skeleton import skeleton, skeleton_of
 from diffkit.protection.estimate import StepShape, estimate_step
 from diffkit.protection.image_file import Header
 from diffkit.protection.inputs import Input, Skipped
 from diffkit.protection.job import Item, Job, Request, Unit, plan_job
+from diffkit.protection.memory import Effort
 from diffkit.protection.run import Outcome
 from diffkit.protection.settings import Settings
 from diffkit.protection.sidecar import Sidecar, publish
+from tests.protection.attacks import build_inpaint
 from tests.protection.gallery import encoded, noise
 
 
@@ -194,6 +198,46 @@ def test_less_memory_is_used_before_it_runs_out(
     none = estimate(1000)
     assert (none.batch_size, none.fits) == (1, False)
     assert "may be more than the free memory holds" in none.words
+
+
+def test_memory_is_that_of_all_networks_at_first(
+    photos: Request, tiny_folder: Callable[[str], Path]
+) -> None:
+    """The text encoders were left out, which are on the device until prompts are encoded, and with
+    them what a folder holds that is protected together."""
+    folder = tiny_folder("sd3")
+    (net,) = Models([], [str(folder)]).skeletons()
+    sizes = {name: parameter_count(part) for name, part in net.networks.items()}
+    count = protect_estimate._Count([net], photos.settings, (32, 32), torch.float32, 0, None)
+    assert count.loaded == 4 * sum(sizes.values())
+    encoders = sum(parameter_count(part) for part in net.conditioner.encoders.values())
+    assert count._aside == 4 * encoders > 0
+    step = count.step(False)
+    attack = count.loaded - 4 * encoders + step.memory_bytes - step.weight_bytes
+    assert count.memory(Effort()) == max(count.loaded, attack)
+    here = protect_estimate._Count([net], photos.settings, (32, 32), torch.float32, 0, 1000)
+    assert here._aside == 0 and here.memory(Effort()) == attack + 4 * encoders + 1000
+    joint = replace(photos, settings=Settings("ace", steps=10, views=1))
+    models = Models([], [str(folder)])
+    found = estimate_job(plan_job(joint, None), joint, models, "cpu", torch.float32)
+    assert found.waiting_bytes == 7 * 3 * 64 * (3 * 64 + 96)
+    assert "All pictures of a folder wait in the memory of the CPU" in found.words
+
+
+def test_an_inpainting_model_needs_a_mask_before_its_weights(
+    photos: Request, tiny_sd: Path, tmp_path: Path
+) -> None:
+    """Every picture by itself was refused, after the model was loaded."""
+    source = build_inpaint(tiny_sd, tmp_path / "inpaint")
+    request = replace(photos, settings=Settings("diffusionguard", steps=1))
+    with pytest.raises(UserError, match="--mask: diffusionguard needs it"):
+        estimate_job(
+            plan_job(request, None), request, Models([], [str(source)]), "cpu", torch.float32
+        )
+    output = tmp_path / "out"
+    words = ["--model", str(source), "--method", "diffusionguard", "--device", "cpu"]
+    assert main(["protect", str(photos.paths[0]), "--output", str(output), *words]) == 2
+    assert not output.exists()
 
 
 def test_a_model_that_cannot_is_refused_without_its_weights(photos: Request, tiny_sd: Path) -> None:

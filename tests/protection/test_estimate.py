@@ -10,7 +10,7 @@ import pytest
 import torch
 from real_sizes import REAL_SIZES, conditioning
 
-from diffkit.models.cost import Cost, Rates, count
+from diffkit.models.cost import Cost, Rates, count, parameter_count
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.skeleton import skeleton
 from diffkit.protection.estimate import (
@@ -117,6 +117,24 @@ def test_how_the_shape_enters(tiny_sd: Path) -> None:
     assert step(unrolled=3, guided=True).flops > encoder.flops + 6 * draw
     half = estimate_step(bones, 32, 32, StepShape("backward"), dtype=torch.bfloat16)
     assert 2 * half.memory_bytes == one.memory_bytes
+
+
+def test_autoencoders_that_overflow_float16_are_counted_in_float32(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    """They compute on a float32 copy, and were counted as if in float16."""
+    bones = skeleton(str(tiny_folder("sdxl")))
+    found = {}
+    for upcast in (False, True):
+        bones.codec.vae.register_to_config(force_upcast=upcast)
+        found[upcast] = estimate_step(bones, 32, 32, StepShape(), dtype=torch.float16)
+    count = parameter_count(bones.codec.vae)
+    assert (found[False].weight_bytes, found[True].weight_bytes) == (2 * count, 6 * count)
+    live = [found[k].memory_bytes - found[k].weight_bytes for k in (False, True)]
+    assert live[1] == 2 * live[0] and found[True].saved_bytes == 2 * found[False].saved_bytes
+    both = estimate_step(bones, 32, 32, StepShape("backward"), dtype=torch.float16)
+    network = both.weight_bytes - found[True].weight_bytes
+    assert network == 2 * parameter_count(bones.denoiser)
 
 
 def test_a_job_is_its_steps(tiny_sd: Path) -> None:
