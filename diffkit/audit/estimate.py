@@ -6,10 +6,12 @@ guidance) and the decoder. Purifiers and the networks that measure are not count
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -72,6 +74,10 @@ class Plan:
     noises: int
     trainings: tuple[tuple[str, int, int], ...]
     seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for machines."""
+        return dataclasses.asdict(self)
 
     @property
     def words(self) -> str:

@@ -135,8 +135,8 @@ def _freedom(alone: Sequence[float], counts: Sequence[int]) -> int:
 
 
 def mean(values: Any, resamples: int = RESAMPLES) -> Interval:
-    """Of the mean over seeds and pictures, values (seeds, pictures)."""
-    return of_means(lambda m: m[:, 0], values, resamples=resamples)
+    """Of the mean over seeds and pictures, values (seeds, pictures); not below 0 where none is."""
+    return _at_least_zero(of_means(lambda m: m[:, 0], values, resamples=resamples), values)
 
 
 def difference(a: Any, b: Any, resamples: int = RESAMPLES) -> Interval:
@@ -149,12 +149,23 @@ def difference(a: Any, b: Any, resamples: int = RESAMPLES) -> Interval:
 
 
 def ratio(top: Any, bottom: Any, resamples: int = RESAMPLES) -> Interval:
-    """Of mean(top) / mean(bottom), resampled together; NaN where mean(bottom) is 0."""
+    """Of mean(top) / mean(bottom), resampled together; NaN where mean(bottom) is 0.
+
+    Not below 0 where no value is.
+    """
 
     def statistic(m: Tensor) -> Tensor:
         return torch.where(m[:, 1] == 0, torch.nan, m[:, 0] / m[:, 1])
 
-    return of_means(statistic, top, bottom, resamples=resamples)
+    found = of_means(statistic, top, bottom, resamples=resamples)
+    return _at_least_zero(found, top, bottom)
+
+
+def _at_least_zero(found: Interval, *values: Any) -> Interval:
+    """Student's interval of distances may reach below 0, where they cannot lie."""
+    if found.low < 0 and all(bool((torch.as_tensor(v) >= 0).all()) for v in values):
+        return Interval(found.value, 0.0, found.high)
+    return found
 
 
 def is_clear(effect: Any, control: Any, resamples: int = RESAMPLES) -> bool:

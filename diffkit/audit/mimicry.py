@@ -189,8 +189,8 @@ class _Imitators:
 
     def facts(self) -> str:
         """How they were trained, in words."""
-        settings, words = self.request.mimicry, [f"{self.steps} steps of {self.recipe.batch_size}"]
-        words.append(f"learning rate {self.rate:g}")
+        settings, words = self.request.mimicry, [f"training steps: {self.steps}"]
+        words.append(f"pictures a step: {self.recipe.batch_size}, learning rate {self.rate:g}")
         if self.kind == "lora":
             words.append(f"rank {settings.rank}")
         if self.kind == "textual-inversion":

@@ -67,6 +67,7 @@ class Audit:
         refused: the others.
         seeds: of the noises.
         changes: what the change of each picture looks like, by version; see `change_of`.
+        plans: what was to be made with each model, see `Plan.as_json`.
         models: what was measured with each.
     """
 
@@ -77,6 +78,7 @@ class Audit:
     refused: list[Skipped]
     seeds: tuple[int, ...]
     changes: list[dict[str, dict[str, float | None]]] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
     models: list[ModelAudit] = field(default_factory=list)
 
     @property

@@ -73,7 +73,8 @@ def retention_plot(name: str, purifiers: Sequence[str], rows: Sequence[Mapping[s
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         axes.set(xlabel="share of the effect that is left; the line is all of it")
         axes.grid(axis="y", visible=False)
-        drawn.legend(loc="outside upper right", ncols=2)
+        if axes.containers:  # no share of anything may be defined
+            drawn.legend(loc="outside upper right", ncols=2)
         return inline(drawn, name, "Share of the effect that is left behind each purifier")
 
 

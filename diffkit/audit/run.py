@@ -59,7 +59,9 @@ def run_audit(
         tools = {"lpips": request.lpips, "extractor": request.extractor, "scorer": request.scorer}
         ruler = Ruler(model, **tools)
         work = Work(request, audit, store, model, ruler)
-        say(work.plan().words)
+        plan = work.plan()
+        audit.plans.append(plan.as_json())
+        say(plan.words)
         if not dry_run:
             if not audit.changes:
                 _measure_changes(request, audit, store, ruler)

@@ -120,7 +120,10 @@ def _mimicry_table(found: Mapping[str, Any], title: str) -> Table:
         for version, value in row["values"].items():
             change = row["effect"].get(version)
             table.add_row(
-                version, found["labels"][key], _estimate(value), _estimate(change, signed=True)
+                found["sets"][version],
+                found["labels"][key],
+                _estimate(value),
+                _estimate(change, signed=True),
             )
     return table
 

@@ -153,6 +153,8 @@ def main(config: AuditConfig) -> int:
     place = config.clean, config.protected, config.output
     audit = run_audit(request, *place, config.overwrite, config.dry_run)
     if config.dry_run:
+        if config.json:
+            print(json.dumps({"kind": "diffkit audit plan", "models": audit.plans}))
         return 0
     report = build_report(audit, request)
     write_json(config.output / "audit.json", report)

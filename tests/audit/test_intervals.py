@@ -91,6 +91,15 @@ def test_two_pictures_have_no_interval_and_one_has_that_of_its_seeds() -> None:
     assert mean(normal((8, 3), "three")).low < mean(normal((8, 3), "three")).high
 
 
+def test_a_distance_lies_nowhere_below_zero() -> None:
+    """Three pictures that differ much: Student's interval of a distance began below 0."""
+    distances = np.array([[0.01, 0.02, 0.9]] * 4)
+    found = mean(distances)
+    assert found.low == 0 and not found.excludes_zero and found.high > 1
+    assert ratio(distances, np.ones((4, 3))).low == 0
+    assert mean(distances - 0.3).low < 0
+
+
 def covered(seeds: int, pictures: int) -> float:
     """How often the interval of the mean holds the true one, 0; pictures differ most."""
     hits = 0

@@ -42,7 +42,19 @@ def test_json_is_only_json_and_equal_to_the_file(
     numbers = row["numbers"]["latent_l2"]
     assert numbers["effect"].keys() == {"protected", "random", "jpeg95", "clean again"}
     assert numbers["vs_original"].keys() == numbers["effect"].keys() | {"clean"}
-    assert str(tmp_path) not in json.dumps(report["models"])
+    assert str(tmp_path) not in json.dumps(report)
+    assert report["command"]["clean"] == "clean" and report["command"]["model"] == [tiny_sd.name]
+
+
+def test_a_dry_run_is_json_too(
+    tmp_path: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_folders(tmp_path)
+    assert run(tmp_path, tiny_sd, *QUICK, "--json", "--prompt", "a", "--dry-run") == 0
+    (plan,) = json.loads(capsys.readouterr().out)["models"]
+    # 2 pictures x 2 noises x (5 versions, and 3 behind the purifier)
+    assert plan["edits"] == 32 and plan["purified"] == 12 and plan["cells"] == 4
+    assert plan["seconds"] > 0 and not (tmp_path / "out" / "cells").exists()
 
 
 def test_pictures_of_other_sizes_are_named_and_the_exit_code_is_1(
