@@ -10,8 +10,9 @@ and what not: `diffkit.protection.notice`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from torch import Tensor
 from diffkit.errors import UserError
 from diffkit.models.families import families
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.protection.in_memory import OUTPUTS, listed, mask_plane, picture_planes
+from diffkit.protection.in_memory import OUTPUTS, listed, mask_plane, on_white, picture_planes
 from diffkit.protection.inputs import image_seed
 from diffkit.protection.joint import protect_set
-from diffkit.protection.protect import ProtectionResult, protect
+from diffkit.protection.memory import Effort, with_fallback, with_less
+from diffkit.protection.protect import ProtectionResult, prepared, protect
 from diffkit.protection.rounds import work_of
 from diffkit.protection.settings import STRENGTHS, Settings
 
@@ -95,6 +97,11 @@ class MimicryProtectionPipeline(DiffusionPipeline):  # type: ignore[misc]
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        clean: Any = None,
+        class_images: Any = None,
+        ensemble: Sequence[DiffusionPipeline] = (),
+        batch_size: int = 1,
+        low_vram: bool = False,
         **options: Any,
     ) -> MimicryProtectionOutput | tuple[list[Any], list[dict[str, Any]]]:
         """Protect one picture or several, each at its own size.
@@ -113,14 +120,21 @@ class MimicryProtectionPipeline(DiffusionPipeline):  # type: ignore[misc]
             output_type: "pil", "np" (float arrays (H, W, C) in [0, 1]), "pt" (float tensors
                 (C, H, W) in [0, 1]) or "uint8" (tensors).
             return_dict: False gives a tuple.
+            clean: pictures of the same subject, unprotected, for fsmg and aspl; default `image`.
+            class_images: pictures of what `class_prompt` says, where that has a weight.
+            ensemble: pipelines of further models whose autoencoders are attacked too.
+            batch_size: pictures of one size at once; lowered where memory runs out.
+            low_vram: spare memory from the start; done anyway where it runs out.
             options: further fields of `diffkit.protection.settings.Settings`.
 
         Raises:
             UserError: options that the method or the model cannot use.
-            RunFailed: gradients were not finite.
+            RunFailed: gradients were not finite, or one picture does not fit the memory.
         """
         if output_type not in OUTPUTS:
             raise UserError(f"output_type {output_type!r}: unknown. Known: {', '.join(OUTPUTS)}.")
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: must be at least 1.")
         if generator is not None:
             draw = torch.randint(2**62, (), generator=generator, device=generator.device)
             seed = int(draw)
@@ -134,7 +148,16 @@ class MimicryProtectionPipeline(DiffusionPipeline):  # type: ignore[misc]
         if len(masks) not in (1, len(pictures)):
             raise UserError(f"mask: {len(masks)} for {len(pictures)} pictures; give one, or each.")
         masks = masks * (len(pictures) // len(masks))
-        results = self._protected(pictures, masks, settings)
+        rows = list(zip(pictures, masks, strict=True))
+        if not settings.row.encoder_only:
+            _refuse(settings, ensemble=ensemble)
+        work = _Work(LatentDiffusion(self._stock()), settings, Effort(batch_size, low_vram))
+        if settings.row.joint is None:
+            _refuse(settings, clean=clean, class_images=class_images)
+            results = work.each(rows, [LatentDiffusion(one) for one in ensemble], self.progress_bar)
+        else:
+            company = {"clean": _opaque(clean), "class_images": _opaque(class_images)}
+            results = work.together(rows, company, self.progress_bar)
         shown = OUTPUTS[output_type]
         images = [
             shown(result.pixels, alpha)
@@ -142,32 +165,6 @@ class MimicryProtectionPipeline(DiffusionPipeline):  # type: ignore[misc]
         ]
         stats = [result.stats for result in results]
         return MimicryProtectionOutput(images, stats) if return_dict else (images, stats)
-
-    def _protected(
-        self,
-        pictures: Sequence[tuple[Tensor, Tensor | None]],
-        masks: Sequence[Tensor | None],
-        settings: Settings,
-    ) -> list[ProtectionResult]:
-        model = LatentDiffusion(self._stock())
-        seeds = [image_seed(settings.seed, pixels.numpy().tobytes()) for pixels, _ in pictures]
-        steps = max(1, settings.rule().steps) * len(pictures)
-        if settings.row.joint is not None:
-            steps = work_of(settings, len(pictures))
-        with self.progress_bar(total=steps) as bar:
-            if settings.row.joint is not None:
-                pixels, alphas = zip(*pictures, strict=True)
-                many: dict[str, Any] = {"alphas": alphas, "masks": masks, "each": bar.update}
-                return protect_set(pixels, model, settings, seeds=seeds, **many)
-            results = []
-            for (pixels, alpha), mask, seed in zip(pictures, masks, seeds, strict=True):
-                one: dict[str, Any] = {
-                    "alpha": None if alpha is None else alpha[None],
-                    "mask": None if mask is None else mask[None],
-                    "each": lambda step: bar.update(),
-                }
-                results += protect(pixels[None], model, settings, seeds=[seed], **one)
-            return results
 
     def _stock(self) -> DiffusionPipeline:
         """The stock pipeline of these components, sharing them."""
@@ -183,3 +180,91 @@ class MimicryProtectionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 more = {"requires_safety_checker": False} if "safety_checker" in blank else {}
                 return cls(**given, **blank, **more)
         raise UserError(f"no model that diffkit knows has the components {', '.join(given)}.")
+
+
+Picture = tuple[tuple[Tensor, Tensor | None], Tensor | None]
+"""((pixels, alpha), mask) of one picture."""
+
+
+@dataclass
+class _Work:
+    """Pictures that one model protects, with less memory where it runs out."""
+
+    model: LatentDiffusion
+    settings: Settings
+    effort: Effort
+
+    def seeds(self, rows: Sequence[Picture]) -> list[int]:
+        """By each picture's bytes."""
+        return [image_seed(self.settings.seed, x.numpy().tobytes()) for (x, _), _ in rows]
+
+    def each(
+        self, rows: Sequence[Picture], ensemble: Sequence[LatentDiffusion], bars: Callable[..., Any]
+    ) -> list[ProtectionResult]:
+        """Neighbours of one size together."""
+        results: list[ProtectionResult] = []
+        steps = max(1, self.settings.rule().steps) * len(rows)
+        self.settings.check()
+        with (
+            prepared(self.model, self.settings, ensemble) as surrogates,
+            bars(total=steps) as bar,
+        ):
+
+            def attack(batch: Sequence[Picture], lean: bool) -> list[ProtectionResult]:
+                return protect(
+                    torch.stack([pixels for (pixels, _), _ in batch]),
+                    self.model,
+                    self.settings,
+                    seeds=self.seeds(batch),
+                    alpha=_stacked([alpha for (_, alpha), _ in batch]),
+                    mask=_stacked([mask for _, mask in batch]),
+                    lean=lean,
+                    surrogates=surrogates,
+                    each=lambda step: bar.update(len(batch)),
+                )
+
+            for _, alike in groupby(rows, _kind):
+                results += with_fallback(list(alike), self.effort, attack, "image")
+        return results
+
+    def together(
+        self, rows: Sequence[Picture], company: dict[str, Any], bars: Callable[..., Any]
+    ) -> list[ProtectionResult]:
+        """All as one set; begun again with less where memory runs out."""
+        with bars(total=work_of(self.settings, len(rows))) as bar:
+
+            def attack() -> list[ProtectionResult]:
+                return protect_set(
+                    [pixels for (pixels, _), _ in rows],
+                    self.model,
+                    self.settings,
+                    seeds=self.seeds(rows),
+                    alphas=[alpha for (_, alpha), _ in rows],
+                    masks=[mask for _, mask in rows],
+                    lean=self.effort.lean,
+                    batch_size=self.effort.batch_size,
+                    each=bar.update,
+                    **company,
+                )
+
+            return with_less(self.effort, attack, "image", len(rows))
+
+
+def _kind(row: Picture) -> tuple[Any, ...]:
+    (pixels, alpha), mask = row
+    return pixels.shape, alpha is None, mask is None
+
+
+def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    found = [row for row in rows if row is not None]
+    return torch.stack(found) if found else None
+
+
+def _opaque(images: Any) -> list[Tensor] | None:
+    return None if images is None else [on_white(*picture_planes(one)) for one in listed(images)]
+
+
+def _refuse(settings: Settings, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and len(listed(value)) > 0:
+            raise UserError(f"{name}: does nothing for the method {settings.method}; leave it out.")

@@ -24,6 +24,7 @@ from diffkit.generation.recipe import Recipe
 from diffkit.generation.run import Processes, run
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.protection.image_file import Unreadable, open_picture
+from diffkit.protection.in_memory import on_white
 from diffkit.protection.inputs import find_pictures
 from diffkit.protection.rounds import prior_weight
 from diffkit.protection.settings import Settings
@@ -58,7 +59,7 @@ def read_folder(folder: Path, output: Path, flag: str) -> list[Tensor]:
         except Unreadable as error:
             bad[str(item.path)] = error.reason
             continue
-        pictures.append(_on_white(picture.pixels, picture.alpha))
+        pictures.append(on_white(picture.pixels, picture.alpha))
     for path, reason in bad.items():
         warn(f"{flag}: {path}: {reason}; left out.")
     if not pictures:
@@ -122,11 +123,3 @@ def make_class_pictures(
 @torch.no_grad()
 def _render(model: LatentDiffusion, recipes: Sequence[Recipe]) -> list[Any]:
     return render(model, recipes)
-
-
-def _on_white(pixels: Tensor, alpha: Tensor | None) -> Tensor:
-    rgb = pixels.expand(3, -1, -1)
-    if alpha is None:
-        return rgb
-    share = alpha.float() / 255
-    return (share * rgb.float() + (1 - share) * 255).round().to(torch.uint8)

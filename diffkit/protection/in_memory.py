@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffkit.errors import UserError
 
-__all__ = ["OUTPUTS", "listed", "mask_plane", "picture_planes"]
+__all__ = ["OUTPUTS", "listed", "mask_plane", "on_white", "picture_planes"]
 
 
 def listed(value: Any) -> list[Any]:
@@ -54,6 +54,15 @@ def picture_planes(image: Any) -> tuple[Tensor, Tensor | None]:
     if len(planes) not in (1, 3):
         raise UserError(f"image: {len(planes)} channels; give 1 or 3, channels last in arrays.")
     return planes, None
+
+
+def on_white(pixels: Tensor, alpha: Tensor | None) -> Tensor:
+    """uint8 (3, H, W) of pixels (C, H, W), C 1 or 3, and their alpha (1, H, W)."""
+    rgb = pixels.expand(3, -1, -1)
+    if alpha is None:
+        return rgb
+    share = alpha.float() / 255
+    return (share * rgb.float() + (1 - share) * 255).round().to(torch.uint8)
 
 
 def mask_plane(mask: Any) -> Tensor:

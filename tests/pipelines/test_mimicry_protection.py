@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffkit.pipelines import mimicry_protection
 from diffkit.pipelines.mimicry_protection import MimicryProtectionPipeline
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -128,9 +129,41 @@ def test_sets_are_protected_together(pipeline: Any, tiny_sd: Path) -> None:
         assert torch.equal(image, one.pixels)
 
 
+def test_further_models_clean_pictures_and_memory(
+    tiny_folder: Callable[[str], Path], pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of that could be said to the pipeline, and it ended where memory ran out."""
+    other = DiffusionPipeline.from_pretrained(tiny_folder("sdxl"))
+    alone = pipeline(PICTURE, steps=1, output_type="uint8").images[0]
+    both = pipeline(PICTURE, steps=1, output_type="uint8", ensemble=[other]).images[0]
+    assert not torch.equal(alone, both)
+    options: dict[str, Any] = {"steps": 1, "train_steps": 1, "output_type": "uint8"}
+    own = pipeline(PICTURE, "fsmg", **options).images[0]
+    others = pipeline(PICTURE, "fsmg", clean=[Image.fromarray(noise(3, 24))], **options).images[0]
+    assert not torch.equal(own, others)
+
+    tried = []
+
+    def short_of_memory(pixels: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        tried.append((len(pixels), options["lean"]))
+        if not options["lean"] or len(pixels) > 1:
+            raise MemoryError
+        return protect(pixels, *rest, **options)
+
+    monkeypatch.setattr(mimicry_protection, "protect", short_of_memory)
+    pair = pipeline([PICTURE, PICTURE], steps=1, batch_size=2, output_type="uint8").images
+    assert tried == [(2, False), (2, True), (1, True), (1, True)]
+    assert (pair[0] == alone).float().mean() > 0.99 and torch.equal(*pair)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        ({"clean": PICTURE}, "clean: does nothing for the method texture"),
+        ({"method": "advdm", "ensemble": ["x"]}, "ensemble: does nothing"),
+        ({"method": "ace", "ensemble": ["x"]}, "ensemble: does nothing for the method ace"),
+        ({"method": "advdm", "clean": PICTURE}, "clean: does nothing"),
+        ({"batch_size": 0}, "batch_size 0"),
         ({"output_type": "jpeg"}, "output_type 'jpeg'"),
         ({"strength": "huge"}, "strength 'huge'"),
         ({"strength": 33}, "33"),
