@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffkit.audit.cells import CELLS, CellStore
+from diffkit.audit.cells import CELLS, CellStore, content_digest
 from diffkit.audit.distances import Ruler
 from diffkit.audit.edits import Measurer, purified_versions
 from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
@@ -53,6 +53,7 @@ def audit(root: Path, model: Path, **values: Any) -> dict[str, Any]:
     return build_report(found, asked)
 
 
+@pytest.mark.slow
 def test_a_picture_against_itself_has_exactly_no_effect(tmp_path: Path, tiny_sd: Path) -> None:
     two_folders(tmp_path, 3, same=True)
     numbers = audit(tmp_path, tiny_sd)["models"][0]["threats"][0]["numbers"]
@@ -314,6 +315,36 @@ def test_a_purifier_that_breaks_off_names_the_picture_and_the_others_are_measure
         "1.png, sdedit strength 0.03, jpeg75": "jpeg75: out of memory with a picture of 40x32."
     }
     assert report["threats"][0]["n"] == 3 and report["purifiers"][0]["n"] == 2
+
+
+@pytest.mark.slow
+def test_cells_behind_a_model_name_its_weights_and_prompt(tmp_path: Path, tiny_sd: Path) -> None:
+    """Another model at the same path, or another prompt, was answered from old cells."""
+    two_folders(tmp_path)
+    text = f"sdedit0.03:{tiny_sd},jpeg75"
+    keys = []
+    for prompt in ("a", "b"):
+        asked = request(tiny_sd, purify=text, prompt=prompt)
+        found = run_audit(
+            asked, *(tmp_path / name for name in ("clean", "protected", "out")), dry_run=True
+        )
+        model = LatentDiffusion.load(tiny_sd)
+        keys.append(Work(asked, found, CellStore(tmp_path), model, Ruler(model)).purifier_keys)
+    name = f"sdedit0.03:{tiny_sd.name}"
+    assert [key[name]["prompt"] for key in keys] == ["a", "b"]
+    assert all(key[name]["weights"] == content_digest(tiny_sd) for key in keys)
+    assert keys[0]["jpeg75"] == keys[1]["jpeg75"]
+    assert keys[0]["jpeg75"]["weights"] is None and keys[0]["jpeg75"]["prompt"] is None
+
+
+def test_a_digest_of_a_folder_is_that_of_what_it_holds(tmp_path: Path) -> None:
+    for place in ("here", "there/deep"):
+        (tmp_path / place / "unet").mkdir(parents=True)
+        (tmp_path / place / "unet" / "weights").write_bytes(b"one")
+    here, there = (content_digest(tmp_path / place) for place in ("here", "there/deep"))
+    assert here == there
+    (tmp_path / "here" / "unet" / "weights").write_bytes(b"two")
+    assert content_digest(tmp_path / "here") != there
 
 
 def test_a_dry_run_tells_the_edits_and_makes_none(

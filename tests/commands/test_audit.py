@@ -57,6 +57,7 @@ def test_a_dry_run_is_json_too(
     assert plan["seconds"] > 0 and not (tmp_path / "out" / "cells").exists()
 
 
+@pytest.mark.slow
 def test_pictures_of_other_sizes_are_named_and_the_exit_code_is_1(
     tmp_path: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
