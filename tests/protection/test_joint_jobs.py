@@ -16,6 +16,7 @@ from PIL import Image
 from diffkit.errors import RunFailed, UserError
 from diffkit.generation.run import Processes
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.protection import gradients
 from diffkit.protection.companions import class_pictures, folder_digest, read_folder
 from diffkit.protection.job import Job, Request, plan_job
 from diffkit.protection.run import Outcome, run_job
@@ -35,6 +36,12 @@ def save(path: Path, pixels: torch.Tensor, alpha: int | None = None) -> None:
     if alpha is not None:
         image.putalpha(alpha)
     image.save(path)
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores, which take most of the time here, of two draws."""
+    monkeypatch.setattr(gradients, "HELD_OUT", 2)
 
 
 @pytest.fixture

@@ -160,6 +160,7 @@ def test_text_encoders_train_on_request(tiny_model: Loader) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_training_teaches_the_picture() -> None:
     """On a model that was trained: a rank-4 adapter takes up a picture of noise within 30 steps."""
     model = LatentDiffusion.load("embedded")

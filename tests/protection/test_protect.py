@@ -44,7 +44,9 @@ def run(model: LatentDiffusion, settings: Settings, pixels: Tensor, **options: A
     return [row.pixels for row in protect(pixels, None, settings, seeds=seeds, **options)]
 
 
-@pytest.mark.parametrize("levels", [1, 4, 8, 16])
+@pytest.mark.parametrize(
+    "levels", [1, *(pytest.param(k, marks=pytest.mark.slow) for k in (4, 8)), 16]
+)
 @pytest.mark.parametrize("method", FIXED)
 def test_no_saved_pixel_leaves_its_budget(tiny_model: Loader, method: str, levels: int) -> None:
     """On pixels of 0 and 255, on sizes that fit no model, with a mask and transparent pixels; what

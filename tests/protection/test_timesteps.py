@@ -36,6 +36,12 @@ def easy(ready: Attack) -> ImageGradient:
     return ready.gradient
 
 
+@pytest.fixture
+def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches of eight rounds, which leave many cells."""
+    monkeypatch.setattr(timesteps, "_ROUNDS", 8)
+
+
 def test_forty_cells_go_at_a_time() -> None:
     for cell, gone in ((500, (480, 519)), (3, (0, 39)), (999, (960, 999)), (20, (0, 39))):
         left = torch.ones(CELLS, dtype=torch.bool)
@@ -71,6 +77,7 @@ def test_times_without_a_finite_gradient_go_first(tiny_model: Loader) -> None:
     assert float(kept.float().mean()) > 250
 
 
+@pytest.mark.usefixtures("short_search")
 def test_what_a_picture_keeps_is_its_own_affair(tiny_model: Loader) -> None:
     """Alone or in a batch, whichever of them is done first."""
     settings, pixels = Settings("advdm", prompt="a"), random_pixels(2)
@@ -102,6 +109,7 @@ def test_u_falls_into_a_cell_that_was_kept(
     assert set(times) == {2, 7, 10}
 
 
+@pytest.mark.usefixtures("short_search")
 def test_an_attack_searches_first_and_draws_from_what_is_left(tiny_model: Loader) -> None:
     model, pixels = tiny_model("sd"), random_pixels(1)
     results = []
