@@ -18,7 +18,9 @@ SCRIPTS = sorted((ROOT / "scripts" / "reproduce").glob("*.py"))
 
 
 def experiment_of(name: str) -> Experiment:
-    return importlib.import_module(name).EXPERIMENT
+    # by the folder too: a benchmark may have the same name
+    found: Experiment = importlib.import_module(f"reproduce.{name}").EXPERIMENT
+    return found
 
 
 @pytest.mark.parametrize("name", [script.stem for script in SCRIPTS])

@@ -135,6 +135,16 @@ def test_a_report_takes_the_seeds_that_both_arms_have(tmp_path: Path) -> None:
     assert "+1.00 [-inf, +inf] | +1.00 |" in write_report(experiment, results)
 
 
+def test_the_readme_has_what_stands_before_more(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "one"
+    folder.mkdir(parents=True)
+    whole = "### One\n\nshort\n\n<!-- more -->\n\nlong\n\n![One](figure.png)\n\n`it` makes it.\n"
+    (folder / "summary.md").write_text(whole)
+    text = between(tmp_path, tmp_path / "results")
+    assert "### One\n\nshort\n\n![One](results/one/figure.png)\n\n`it` makes it." in text
+    assert "[All tables](results/one/summary.md)" in text and "long" not in text
+
+
 def test_the_readme_is_filled_between_the_markers(tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
     readme.write_text("head\n<!-- experiments:begin -->\nold\n<!-- experiments:end -->\ntail\n")

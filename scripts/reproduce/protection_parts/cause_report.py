@@ -10,23 +10,37 @@ from runner.experiment import Results
 from protection_parts import plan
 from protection_parts.tables import table
 
-__all__ = ["cause_lines"]
+__all__ = ["cause_table", "cause_words"]
 
 HALVES = {"low half": "the change's low half alone", "high half": "its high half alone"}
 
 
-def cause_lines(results: Results) -> list[str]:
-    """Markdown: what was found, then all numbers; nothing before all arms are made."""
+def _found(results: Results) -> dict[str, Mapping[str, Any]]:
+    """The values of all arms; nothing before all are made."""
     keys = {method: (plan.cause_arm(method), 0) for method in plan.CAUSE_METHODS}
     if any(key not in results.values for key in keys.values()):
+        return {}
+    return {method: results.values[key] for method, key in keys.items()}
+
+
+def cause_words(results: Results) -> list[str]:
+    """Markdown: what was found."""
+    found = _found(results)
+    return ["", _words(found)] if found else []
+
+
+def cause_table(results: Results) -> list[str]:
+    """Markdown: all numbers."""
+    found = _found(results)
+    if not found:
         return []
-    found = {method: results.values[key] for method, key in keys.items()}
     rows = [
         [HALVES.get(name, name), *(_left(values[name]) for values in found.values())]
         for name in (*HALVES, *plan.CAUSE["purifiers"])
     ]
     head = ["size, and part along the attack", *found]
-    return ["", _words(found), "", *table(head, rows)]
+    title = "**Behind each purifier**, 8 levels, one seed: of latents, and of edits."
+    return ["", title, "", *table(head, rows)]
 
 
 def _words(found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,15 +1,15 @@
-"""The experiment's text: three tables from the result files."""
+"""The experiment's text and tables, from the result files."""
 
 from __future__ import annotations
 
 import numpy as np
 from runner.experiment import Results
 from runner.intervals import paired_difference
-from runner.report import interval_text
+from runner.report import MORE, interval_text
 
 from diffkit.audit.intervals import Interval, is_clear, mean, ratio
 from protection_parts import plan
-from protection_parts.cause_report import cause_lines
+from protection_parts.cause_report import cause_table, cause_words
 from protection_parts.claims import claims
 from protection_parts.tables import array, effects, retention, table
 
@@ -129,12 +129,33 @@ def learnt_from(settings: object) -> str:
 
 
 def text(results: Results) -> str:
-    """What was done, the tables, and how to read them."""
-    lines = [
-        "The embedded model attacks, edits and imitates sixteen OpenMoji drawings (CC BY-SA 4.0, "
-        "fetched when this runs), a style that it never saw; 50 steps of every method. It "
-        "says nothing about photographs or large models.",
-    ]
+    """What was done, what was expected and came, and all tables."""
+    return "\n".join(
+        [
+            "The embedded model attacks, edits and imitates sixteen OpenMoji drawings (CC BY-SA "
+            "4.0, fetched when this runs), a style that it never saw; 50 steps of every method. It "
+            "says nothing about photographs or large models.",
+            "",
+            *claims(results, plan.MIMICRY_BUDGET),
+            *cause_words(results),
+            "",
+            MORE,
+            *edit_sections(results),
+            "",
+            "**Mimicry.** A LoRA of rank 4 learns from eight of the pictures for 200 steps, then "
+            "draws 64 other things in the style; distances to the artist's own drawings of these "
+            "things (diffkit feature network; t-intervals of paired differences over seeds). "
+            "Larger distances and fewer pictures in the style mean worse imitation.",
+            "",
+            *mimicry_table(results),
+            *cause_table(results),
+        ]
+    )
+
+
+def edit_sections(results: Results) -> list[str]:
+    """The tables of edits and purifiers, the larger budget first."""
+    lines = []
     for levels in reversed(plan.BUDGETS):
         lines += [
             "",
@@ -150,18 +171,4 @@ def text(results: Results) -> str:
             "",
             *purifier_table(results, levels),
         ]
-    lines += [
-        "",
-        "**Mimicry.** A LoRA of rank 4 learns from eight of the pictures for 200 steps, then draws "
-        "64 other things in the style; distances to the artist's own drawings of these things "
-        "(diffkit feature network; t-intervals of paired differences over seeds). Larger "
-        "distances and fewer pictures in the style mean worse imitation.",
-        "",
-        *mimicry_table(results),
-        "",
-        "**What was expected, and what came.**",
-        "",
-        *claims(results, plan.MIMICRY_BUDGET),
-    ]
-    lines += cause_lines(results)
-    return "\n".join(lines)
+    return lines

@@ -12,7 +12,18 @@ from diffkit.files import atomic_write
 from runner.experiment import Experiment, Results
 from runner.intervals import Difference, paired_difference
 
-__all__ = ["Measure", "contrast_table", "interval_text", "section", "write_readme", "write_report"]
+__all__ = [
+    "MORE",
+    "Measure",
+    "contrast_table",
+    "interval_text",
+    "section",
+    "write_readme",
+    "write_report",
+]
+
+MORE = "<!-- more -->"
+"""A line of an experiment's text: what follows stands in its summary and not in the README."""
 
 BEGIN, END = "<!-- experiments:begin -->", "<!-- experiments:end -->"
 SUMMARY, FIGURE = "summary.md", "figure.png"
@@ -103,5 +114,15 @@ def between(root: Path, results: Path) -> str:
     parts = [BEGIN]
     for path in sorted(results.glob(f"*/{SUMMARY}")):
         figure = (path.parent / FIGURE).relative_to(root).as_posix()
-        parts.append(path.read_text(encoding="utf-8").replace(f"]({FIGURE})", f"]({figure})"))
+        text = _shortened(path.read_text(encoding="utf-8"), path.relative_to(root).as_posix())
+        parts.append(text.replace(f"]({FIGURE})", f"]({figure})"))
     return "\n".join([*parts, END])
+
+
+def _shortened(text: str, summary: str) -> str:
+    """A summary up to its `MORE`, then its figure and command, and where the rest stands."""
+    if MORE not in text:
+        return text
+    head, rest = text.split(MORE)
+    tail = rest[rest.rindex("![") :]
+    return f"{head.rstrip()}\n\n{tail.rstrip()} [All tables]({summary}).\n"
