@@ -19,7 +19,7 @@ from diffkit.audit.subjects import Subject, sdedit_versions
 from diffkit.console import progress
 from diffkit.models.latent_diffusion import LatentDiffusion
 
-__all__ = ["DEFAULT_PROMPT", "Effects", "Measured", "compare", "sdedit_effect", "sdedit_effects"]
+__all__ = ["DEFAULT_PROMPT", "Effects", "Measured", "compare", "sdedit_effects"]
 
 DEFAULT_PROMPT = "a picture"
 
@@ -89,35 +89,6 @@ class Effects:
     effect: dict[str, Tensor]
     vs_original: dict[str, Tensor]
     clean_vs_original: dict[str, Tensor]
-
-
-def sdedit_effect(
-    model: LatentDiffusion,
-    clean: Sequence[Tensor],
-    other: Sequence[Tensor],
-    strengths: Sequence[float] = (0.3,),
-    seeds: Sequence[int] = tuple(range(8)),
-    prompt: str = DEFAULT_PROMPT,
-    *,
-    steps: int = 100,
-    guidance: float = 1.0,
-    ruler: Ruler | None = None,
-    batch_size: int = 8,
-) -> Effects:
-    """The effect of one change of pictures on SDEdit; see `sdedit_effects` for several at once."""
-    found = sdedit_effects(
-        model,
-        clean,
-        {"other": other},
-        strengths,
-        seeds,
-        prompt,
-        steps=steps,
-        guidance=guidance,
-        ruler=ruler,
-        batch_size=batch_size,
-    )
-    return found["other"]
 
 
 def sdedit_effects(
