@@ -27,7 +27,17 @@ from diffkit.protection.pgd import random_noise
 from diffkit.protection.sidecar import Sidecar
 from diffkit.protection.worker import read_mask
 
-__all__ = ["AGAIN", "JPEG", "AuditPicture", "Control", "change_of", "inspect", "open_versions"]
+__all__ = [
+    "AGAIN",
+    "JPEG",
+    "AuditPicture",
+    "Control",
+    "attacked_names",
+    "change_of",
+    "inspect",
+    "is_attacked",
+    "open_versions",
+]
 
 AGAIN, JPEG = "clean again", "jpeg95"
 """Further controls: the clean picture itself, and JPEG of quality 95 of it."""
@@ -231,6 +241,14 @@ def _change(clean: Tensor, other: Tensor, tools: Toolbox | None) -> dict[str, fl
         with torch.no_grad():
             found["lpips"] = float(tools.lpips(*pair))
     return found
+
+
+def is_attacked(pictures: Sequence[AuditPicture], name: str, weights: str) -> bool | None:
+    """Whether records name a model, or one with the same weights; None without records."""
+    names = attacked_names(pictures)
+    records = [p.pair.record for p in pictures if p.pair.record is not None]
+    known = {digest for record in records for digest in record.model_weights}
+    return (name in names or weights in known) if names else None
 
 
 def attacked_names(pictures: Sequence[AuditPicture]) -> set[str]:

@@ -18,7 +18,7 @@ from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
 from diffkit.audit.mimicry import Learner, imitate
 from diffkit.audit.mimicry_scores import score_imitation
 from diffkit.audit.outcome import Audit, ModelAudit, ThreatRow, prompt_of, shown_pictures
-from diffkit.audit.pictures import AGAIN, AuditPicture, attacked_names, open_versions
+from diffkit.audit.pictures import AGAIN, AuditPicture, is_attacked, open_versions
 from diffkit.audit.purifiers.base import Models, Purifier
 from diffkit.audit.purifiers.registry import parse_purifiers
 from diffkit.audit.request import AuditRequest
@@ -61,8 +61,8 @@ class Work:
         self.weights = weights_digest(model)
         self.learner = Learner.of(model, self.weights)
         self.shown = set(shown_pictures(len(audit.pictures)))
-        attacked = attacked_names(audit.pictures)
-        self.found = ModelAudit(self.name, self.name in attacked if attacked else None)
+        attacked = is_attacked(audit.pictures, self.name, self.weights)
+        self.found = ModelAudit(self.name, attacked)
         self.threats = [t for t in request.threats.edits if self._can(t.name, t.refusal(model))]
         self.kinds = [
             k for k in request.threats.mimicry if self._can(k, self.learner.refusal(k))

@@ -238,6 +238,7 @@ def main(config: ProtectConfig) -> int:
         ensemble=ensemble,
         extras=extras,
         perceptual=perceptual,
+        weights=identity.get("weights", ()),
         processes=processes,
     )
     if processes.rank == 0:

@@ -69,6 +69,7 @@ class Recorder:
         ensemble: further models whose autoencoders are attacked.
         extras: what else is measured, see `more`.
         perceptual: an LPIPS network, or None.
+        weights: digests of the model's weights and of the ensemble's.
     """
 
     settings: Settings
@@ -76,6 +77,7 @@ class Recorder:
     ensemble: Sequence[LatentDiffusion] = ()
     extras: Sequence[Extra] = ()
     perceptual: Any = None
+    weights: Sequence[str] = ()
 
     def record(self, done: Finished, levels: int) -> Sidecar:
         """The record of a picture, the extras left out."""
@@ -110,6 +112,7 @@ class Recorder:
             loss_first=done.stats.get("score_first"),
             loss_last=done.stats.get("score_last"),
             surrogate_change=done.stats.get("surrogate_change"),
+            model_weights=tuple(self.weights),
             ensemble=tuple(public_name(other.source) for other in self.ensemble),
             contrast=settings.contrast,
             mask_sha256=None if mask is None else sha256(mask),

@@ -48,6 +48,7 @@ def run_job(
     ensemble: Sequence[LatentDiffusion] = (),
     extras: Sequence[Extra] = (),
     perceptual: Any = None,
+    weights: Sequence[str] = (),
     processes: Processes | None = None,
 ) -> Outcome:
     """Do what is pending, this process's share of it, and gather what came of all shares.
@@ -58,6 +59,7 @@ def run_job(
         model, ensemble: loaded models; None for the random control.
         extras: what else is measured of each finished picture.
         perceptual: an LPIPS network, or None.
+        weights: digests of the weights of model and ensemble, for the records.
         processes: this one among the others.
     """
     processes = processes or Processes()
@@ -79,6 +81,7 @@ def run_job(
         extras,
         with_bar.tick,
         perceptual=perceptual,
+        weights=weights,
         clean=clean,
         class_images=of_class,
     )

@@ -64,6 +64,8 @@ class Sidecar:
         max_delta, mean_delta: of |change| in levels.
         skipped_steps: steps left out because a gradient was not finite.
         loss_first, loss_last: the method's own loss.
+        model_weights: digests of what was loaded of the attacked models, by which a copy of one
+            under another name is known.
         ensemble: further models whose autoencoders were attacked.
         contrast: whether local contrast shared out the budget.
         mask_sha256: of the mask's file bytes; None without a mask.
@@ -96,6 +98,7 @@ class Sidecar:
     loss_first: float | None = None
     loss_last: float | None = None
     surrogate_change: Sequence[float] | None = None
+    model_weights: Sequence[str] = ()
     ensemble: Sequence[str] = ()
     contrast: bool = False
     mask_sha256: str | None = None
@@ -172,6 +175,7 @@ def read_sidecar(output: str | os.PathLike[str]) -> Sidecar:
         working_sizes=sizes,
         notices=tuple(record.notices),
         ensemble=tuple(record.ensemble),
+        model_weights=tuple(record.model_weights),
     )
 
 

@@ -57,6 +57,7 @@ class Worker:
         failed: source -> reason, filled while it runs.
         made: results written by this worker.
         perceptual: an LPIPS network, or None.
+        weights: digests of the weights of the attacked models, for the records.
         clean, class_images: of a method that trains a surrogate, see `protect_set`.
     """
 
@@ -68,6 +69,7 @@ class Worker:
     failed: dict[str, str] = field(default_factory=dict)
     made: list[Path] = field(default_factory=list)
     perceptual: Any = None
+    weights: Sequence[str] = ()
     clean: Sequence[Tensor] | None = None
     class_images: Sequence[Tensor] | None = None
 
@@ -75,7 +77,12 @@ class Worker:
         self.effort = Effort(self.request.batch_size, self.request.lean)
         self._surrogates: list[Surrogate] = []
         self.recorder = Recorder(
-            self.request.settings, self.model, self.ensemble, self.extras, self.perceptual
+            self.request.settings,
+            self.model,
+            self.ensemble,
+            self.extras,
+            self.perceptual,
+            self.weights,
         )
 
     def run(self, units: Sequence[Unit]) -> None:

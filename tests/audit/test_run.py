@@ -17,7 +17,15 @@ from diffkit.audit.measures import CLEAN, CONTROL, PROTECTED
 from diffkit.audit.outcome import ModelAudit
 from diffkit.audit.page import write_page
 from diffkit.audit.pairs import pair_up
-from diffkit.audit.pictures import AGAIN, JPEG, attacked_names, change_of, inspect, open_versions
+from diffkit.audit.pictures import (
+    AGAIN,
+    JPEG,
+    attacked_names,
+    change_of,
+    inspect,
+    is_attacked,
+    open_versions,
+)
 from diffkit.audit.purifiers.base import Models, Purifier
 from diffkit.audit.purifiers.registry import PURIFIERS, parse_purifiers
 from diffkit.audit.report import build_report
@@ -154,6 +162,19 @@ def test_models_of_an_ensemble_are_attacked_ones(tmp_path: Path, tiny_sd: Path) 
     write_json(sidecar_path(result / "0.png"), known | {"ensemble": [tiny_sd.name]})
     pictures = [inspect(pair, None) for pair in pair_up(clean, result, tmp_path / "o").pairs]
     assert attacked_names(pictures) == {"the attacked model", tiny_sd.name}
+
+
+def test_a_renamed_copy_of_the_attacked_model_is_attacked(tmp_path: Path) -> None:
+    """Only names were compared, so that a local copy of the attacked hub id was shown as a model
+    that was not attacked: the claim that an attack transfers would have rested on it."""
+    clean, result = two_folders(tmp_path, 1)
+    known = record(result / "0.png", clean / "0.png").as_json()
+    write_json(sidecar_path(result / "0.png"), known | {"model_weights": ["abc", "def"]})
+    pictures = [inspect(pair, None) for pair in pair_up(clean, result, tmp_path / "o").pairs]
+    assert is_attacked(pictures, "a copy", "def") is True
+    assert is_attacked(pictures, "the attacked model", "0") is True
+    assert is_attacked(pictures, "another", "0") is False
+    assert is_attacked([], "another", "0") is None
 
 
 @pytest.mark.slow

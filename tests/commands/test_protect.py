@@ -125,6 +125,7 @@ def test_what_is_said_before_and_after(
         assert sentence in before
     record = read_sidecar(tmp_path / "out" / "a.png")
     assert record.effect is not None and record.psnr is not None
+    assert len(record.model_weights) == 1  # by which an audit knows the model under another name
     assert 29 < record.effect["random_control"]["psnr"] < 31  # 20 log10(255 / 8) = 30.07
     assert "2 pictures protected" in after and "random noise of equal budget: PSNR 30" in after
     assert "times as much as under random noise" in after
