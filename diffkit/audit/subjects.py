@@ -46,7 +46,7 @@ def working_views(model: LatentDiffusion, height: int, width: int) -> list[View]
         height,
         width,
         model.default_size,
-        model.size_multiple,
+        model.working_multiple,
         square=model.family.square,
         views=1,
     )

@@ -12,11 +12,13 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from diffkit.audit.distances import Ruler
 from diffkit.audit.effects import sdedit_effects
 from diffkit.audit.sdedit import Edit, Editor, edit_noise
-from diffkit.audit.subjects import Subject, picture_key
+from diffkit.audit.subjects import Subject, picture_key, working_views
 from diffkit.errors import UserError
 from diffkit.evaluation.pictures import to_float
 from diffkit.models.conditioner import Sizes
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.protection.protect import plan_for
+from diffkit.protection.settings import Settings
 from diffkit.randomness import integers
 
 SIZES = Sizes((32, 32), (0, 0), (32, 32))
@@ -131,3 +133,12 @@ def test_distances_left_out_are_named(tiny_sd: Path) -> None:
     assert "lpips" in ruler.skipped
     assert "lpips" not in ruler.names(200, 200) and "ms_ssim" in ruler.names(200, 200)
     assert "ms_ssim" not in ruler.names(64, 64)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 41), (40, 72), (32, 36), (20, 50)])
+def test_an_audit_sees_what_the_attack_saw(tiny_sd: Path, size: tuple[int, int]) -> None:
+    """It rounded sides to the autoencoder's multiple and the attack to the denoiser's, so that the
+    effect of a protection was measured through another resampling than it was made for."""
+    model = LatentDiffusion.load(tiny_sd)
+    attack = plan_for(model, Settings("texture", views=1), *size)
+    assert working_views(model, *size) == list(attack.whole)
