@@ -14,7 +14,7 @@ from diffkit.audit.edits import gather
 from diffkit.audit.intervals import CLEAR_RATIO, LEVEL
 from diffkit.audit.measures import PROTECTED, Values, effect_summary, retention_summary
 from diffkit.audit.outcome import Audit, ModelAudit, ThreatRow, prompt_of
-from diffkit.audit.pictures import LABELS, attacked_names
+from diffkit.audit.pictures import attacked_names
 from diffkit.audit.purifiers.naming import public_text
 from diffkit.audit.request import AuditRequest
 from diffkit.protection.inputs import Skipped
@@ -208,8 +208,3 @@ def _left(models: Sequence[Mapping[str, Any]]) -> str | None:
         words.append(f"{row['purifier']} {'n/a' if value is None else f'{value:.0%}'}")
     label = models[0]["labels"].get(name, name)
     return f"{', '.join(words)} of the effect on {label}"
-
-
-def version_label(name: str) -> str:
-    """A version as a person reads it."""
-    return LABELS.get(name, name)

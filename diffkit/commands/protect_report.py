@@ -16,6 +16,7 @@ from diffkit.audit.purifiers.base import Models
 from diffkit.audit.purifiers.latent import through_views
 from diffkit.audit.purifiers.plain import to_pillow
 from diffkit.audit.purifiers.registry import parse_purifiers
+from diffkit.audit.request import purifier_list
 from diffkit.audit.sdedit import Edit, Editor, noise_seeds
 from diffkit.audit.subjects import Subject, on_white
 from diffkit.errors import UserError
@@ -56,9 +57,10 @@ def effect_of(model: LatentDiffusion, request: Request, purify: str | None) -> E
     """
     _check(model, "report")
     seeds = noise_seeds(request.settings.seed, SEEDS)
-    prompt = request.settings.shown_prompt or DEFAULT_PROMPT
+    prompt = _prompt(model, request)
     models = Models(model, prompt=prompt, device=model.device, dtype=model.dtype)
-    purifiers = [] if purify is None else parse_purifiers(purify, models)
+    asked = None if purify is None else purifier_list(purify)
+    purifiers = [] if asked is None else parse_purifiers(asked, models)
     for purifier in purifiers:
         purifier.prepare()
     threat = SdeditThreat(Edit(STRENGTH))
@@ -104,7 +106,7 @@ def preview_of(model: LatentDiffusion, request: Request) -> Extra:
     """
     _check(model, "preview")
     seed = noise_seeds(request.settings.seed, 1)[0]
-    editor = Editor(model, request.settings.shown_prompt or DEFAULT_PROMPT)
+    editor = Editor(model, _prompt(model, request))
 
     def extra(done: Finished) -> Mapping[str, Any]:
         subject = Subject(_seen(done, done.picture.pixels), model)
@@ -121,6 +123,12 @@ def preview_of(model: LatentDiffusion, request: Request) -> Extra:
 
 def _seen(done: Finished, pixels: Tensor) -> Tensor:
     return on_white(pixels.cpu(), done.picture.alpha)
+
+
+def _prompt(model: LatentDiffusion, request: Request) -> str:
+    """What the edits are asked for: the attack's own prompt; of a model of classes its null."""
+    own = request.settings.prompt_for(model)
+    return own if own or model.conditioner.classes is not None else DEFAULT_PROMPT
 
 
 def _check(model: LatentDiffusion, flag: str) -> None:

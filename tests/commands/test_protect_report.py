@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,19 @@ def test_reports_of_other_seeds_share_no_noise(tmp_path: Path, model: LatentDiff
     rows: Any = [effect_of(model, asked, None)(done) for asked in (request, request, other)]
     found = [row["effect"]["sdedit"]["numbers"]["latent_l2"]["effect"]["random"] for row in rows]
     assert found[0] == found[1] != found[2]
+
+
+def test_lists_of_purifiers_are_those_of_audits(tmp_path: Path, model: LatentDiffusion) -> None:
+    """The help says "as in diffkit audit", and the words none and default were unknown here."""
+    request, done = finished(tmp_path)
+    assert "purification" not in effect_of(model, request, "none")(done)
+
+
+def test_models_of_classes_edit_with_their_null_class(
+    tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    """They were asked for "a picture", which names none of their classes, and the run ended."""
+    request, done = finished(tmp_path)
+    unprompted = dataclasses.replace(request, settings=Settings("texture", levels=8, steps=1))
+    preview_of(LatentDiffusion.load(tiny_folder("dit")), unprompted)(done)
+    assert list((tmp_path / "out" / "previews").iterdir())
