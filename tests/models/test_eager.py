@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffkit.models.cost import saved_for_backward
+from diffkit.models.eager import eager, eager_terms
+
+
+@pytest.fixture
+def decoder() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1)
+    return nn.Sequential(*layers).requires_grad_(False).double()
+
+
+def loss(decoder: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    return (decoder(x) - target).square().flatten(1).mean(1)
+
+
+def sample(count: int = 5) -> tuple[Tensor, Tensor]:
+    x = torch.randn(count, 2, 6, 6, dtype=torch.float64)
+    return x, torch.randn(count, 3, 6, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 8])
+@pytest.mark.parametrize("scale", [1.0, 2.0**12])
+def test_values_and_gradients_are_those_of_the_plain_call(
+    decoder: nn.Module, chunk: int, scale: float
+) -> None:
+    x, target = sample()
+    weights = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=torch.float64)
+    results = []
+    for made_at_once in (True, False):
+        leaf = x.clone().requires_grad_()
+        behind = 2 * leaf  # what waits for its own backward pass, as a denoiser would
+        if made_at_once:
+            values = eager(
+                lambda a, b: loss(decoder, a, b), behind, target, chunk=chunk, scale=scale
+            )
+        else:
+            values = loss(decoder, behind, target)
+        (grad,) = torch.autograd.grad((weights * values).sum(), leaf)
+        results.append((values.detach(), grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
+
+
+def test_a_known_gradient() -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    values = eager(lambda a: a.square().sum(1), x)
+    assert values.tolist() == [5.0, 25.0]
+    (values * torch.tensor([1.0, 10.0])).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[2.0, 4.0], [60.0, 80.0]]
+
+
+def test_it_keeps_the_gradient_alone(decoder: nn.Module) -> None:
+    x, target = sample()
+    x.requires_grad_()
+    with saved_for_backward([decoder]) as plain:
+        loss(decoder, x, target)
+    images: list[weakref.ref[Tensor]] = []
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        assert all(image() is None for image in images), "two samples' graphs live at once"
+        image = decoder(a)  # the graph of the square keeps it
+        images.append(weakref.ref(image))
+        return (image - b).square().flatten(1).mean(1)
+
+    values = eager(watched, x, target)
+    assert len(images) == 5 and all(image() is None for image in images)
+    assert values.grad_fn is not None
+    (kept,) = values.grad_fn.saved_tensors  # type: ignore[attr-defined]
+    assert kept.shape == x.shape
+    assert plain.elements > 5 * kept.numel()
+
+
+def test_without_grad_mode_it_only_computes_values(decoder: nn.Module) -> None:
+    x, target = sample()
+    modes = []
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        modes.append(torch.is_grad_enabled())
+        return loss(decoder, a, b)
+
+    with torch.no_grad():
+        first = eager(watched, x.clone().requires_grad_(), target)
+    second = eager(watched, x, target)
+    assert not any(modes) and not first.requires_grad and not second.requires_grad
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, loss(decoder, x, target))
+
+
+def test_checkpoints_inside_and_further_terms(decoder: nn.Module) -> None:
+    x, target = sample()
+    x.requires_grad_()
+
+    def terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        image = checkpoint(decoder, a, use_reentrant=False)
+        return (image - b).square().flatten(1).mean(1), image
+
+    values, images = eager_terms(terms, x, target)
+    assert values.requires_grad and not images.requires_grad
+    assert torch.allclose(images, decoder(x))
+    (grad,) = torch.autograd.grad(values.sum(), x)
+    (plain,) = torch.autograd.grad(loss(decoder, x, target).sum(), x)
+    torch.testing.assert_close(grad, plain)
+
+
+def test_it_runs_under_the_callers_autocast(decoder: nn.Module) -> None:
+    seen: list[torch.dtype] = []
+    network = decoder.float()
+    x = torch.randn(2, 2, 6, 6, requires_grad=True)
+
+    def watched(a: Tensor) -> Tensor:
+        image = network(a)
+        seen.append(image.dtype)
+        return image.float().square().flatten(1).mean(1)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        values = eager(watched, x)
+    values.sum().backward()
+    assert seen == [torch.bfloat16] * 2
+    assert x.grad is not None and x.grad.dtype == torch.float32
+
+
+def test_gradients_that_float16_would_lose_come_through_with_a_scale() -> None:
+    """A mean over millions of features gives each a gradient below float16's smallest number."""
+
+    def tiny(a: Tensor) -> Tensor:
+        return a.half().float().flatten(1).sum(1) * 1e-8
+
+    found = []
+    for scale in (1.0, 2.0**12):
+        x = torch.ones(1, 4, requires_grad=True)
+        eager(tiny, x, scale=scale).sum().backward()
+        assert x.grad is not None
+        found.append(x.grad.abs().max().item())
+    assert found[0] == 0.0
+    assert found[1] == pytest.approx(1e-8, rel=1e-2)
