@@ -52,10 +52,17 @@ class Objective(Protocol):
     - `"loss"` is minimised: the trainer takes its mean over the global batch;
     - `"time"`, if there, is the place of each sample on the noise schedule in [0, 1]: the trainer
       logs the loss in ten bins of it;
-    - the mean of every other entry is logged.
+    - the mean of every other entry is logged; of a pair of tensors, the ratio of their sums over
+      the global batch (null where the second sum is 0).
 
     Only parameters with `requires_grad` are trained, averaged and kept in checkpoints. A player
     that uses another one in its loss must not register it as a submodule.
+
+    Objectives subclass this protocol. `begin`, `watched`, `stepped`, `state` and `inspect` have
+    defaults that do nothing; they are for what changes from step to step beside the weights:
+    averages, controllers, views of the weights. Such things may only be computed from what is
+    equal on all processes (`means`, weights after a step), so that a run does not depend on how
+    its batches are split.
     """
 
     def players(self) -> Mapping[str, nn.Module]:
@@ -74,6 +81,10 @@ class Objective(Protocol):
         """Move what draws and frozen networks need to `device`."""
         ...
 
+    def begin(self, step: int) -> None:
+        """Training step `step` = 0, 1, ... is about to run; after a resume too."""
+        return None
+
     def draw(self, batch: Any, repeat: int) -> Any:
         """All the randomness of one micro-batch, by address; repeat 0, 1, ... differ."""
         ...
@@ -81,6 +92,34 @@ class Objective(Protocol):
     def shared(self, draws: Any) -> Any:
         """What frozen networks say about the draws: no gradient, autocast, once for all phases."""
         ...
+
+    def watched(self) -> Sequence[str]:
+        """Names of the player's terms whose means `stepped` gets; they must be in every forward."""
+        return ()
+
+    def stepped(self, phase: str, means: Mapping[str, Tensor]) -> None:
+        """An optimizer step of `phase` was made.
+
+        Arguments:
+            means: the mean of each watched term that this phase's player has, over the global
+                batch: float32 of no dimension, equal on all processes.
+        """
+        return None
+
+    def state(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Tensors beside the players' own that a resumed run needs, by name and key.
+
+        They exist once `place` was called, are written with every checkpoint and are given their
+        values back in place.
+        """
+        return {}
+
+    def inspect(self) -> None:
+        """Numbers were written: the time to warn, or to raise `RunFailed`, if the run goes wrong.
+
+        Called on every process every `log_every` steps; values may be read here.
+        """
+        return None
 
     def save(self, folder: Path) -> None:
         """Write the result. The players hold the weights to be saved, whole and not sharded."""

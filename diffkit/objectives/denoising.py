@@ -24,7 +24,7 @@ from diffkit.models.conditioner import Conditioning
 from diffkit.models.denoiser import Denoiser
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.schedule import Density, Parametrization
-from diffkit.objectives.base import Phase
+from diffkit.objectives.base import Objective, Phase
 
 __all__ = [
     "DenoisingConfig",
@@ -270,7 +270,7 @@ def _told_guidance(model: LatentDiffusion, guidance: float | None) -> float | No
     return family.train_guidance if guidance is None else guidance
 
 
-class DenoisingObjective:
+class DenoisingObjective(Objective):
     """Denoising training of all weights, or of the LoRA that the model carries.
 
     Arguments:

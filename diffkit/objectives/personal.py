@@ -18,7 +18,7 @@ from diffkit.errors import UserError
 from diffkit.models.conditioner import Conditioner, Conditioning
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.text_encoders import encode_null, encode_prompts
-from diffkit.objectives.base import Phase
+from diffkit.objectives.base import Objective, Phase
 from diffkit.objectives.denoising import (
     DenoisingConfig,
     DenoisingObjective,
@@ -72,7 +72,7 @@ class PersonalPlayer(nn.Module):
         return cond.drop(draws.drop, encode_null(self.conditioner))
 
 
-class PersonalObjective:
+class PersonalObjective(Objective):
     """Denoising training on few pictures; methods choose what trains and how losses add up.
 
     Arguments:

@@ -5,6 +5,7 @@ OUTPUT/checkpoints/step-00000100/
     PLAYER.safetensors              trainable parameters and buffers
     PLAYER.optimizer.safetensors    optimizer state, keys `slot/parameter`
     PLAYER.ema.safetensors          the moving average, where one is kept
+    NAME.state.safetensors          what the objective keeps beside its players, where it does
 """
 
 from __future__ import annotations

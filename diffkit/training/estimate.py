@@ -108,6 +108,7 @@ def _measure(config: TrainConfig, accelerator: Any, data: Data, objective: Objec
     for module in players.values():
         module.to(accelerator.device)
     objective.place(accelerator.device)
+    objective.begin(0)
     world, rank = accelerator.num_processes, accelerator.process_index
     seconds = 0.0
     for _ in range(2):

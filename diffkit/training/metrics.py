@@ -27,8 +27,9 @@ BINS = 10
 class StepRecord:
     """What one training step measured, still on the device.
 
-    `values` are scalar tensors whose sum over processes is the logged mean; `time` holds sums and
-    counts of the loss by place on the noise schedule, (2, BINS).
+    `values` are scalar tensors whose sum over processes is the logged mean; of `ratios` the sum of
+    each name's pair is divided after that; `time` holds sums and counts of the loss by place on the
+    noise schedule, (2, BINS).
     """
 
     step: int
@@ -36,13 +37,21 @@ class StepRecord:
     rate: float
     samples: int
     values: dict[str, Tensor] = field(default_factory=dict)
+    ratios: dict[str, Tensor] = field(default_factory=dict)
     time: Tensor | None = None
     seconds: float = 0.0
 
-    def add(self, prefix: str, terms: Mapping[str, Tensor], share: float) -> None:
-        """Take in the terms of one micro-batch, each (b,); `share` is 1 / (samples x repeats)."""
+    def add(self, prefix: str, terms: Mapping[str, Any], share: float) -> None:
+        """Take in the terms of one micro-batch, each (b,) or a pair of such, whose ratio is logged.
+
+        `share` is 1 / (samples x repeats).
+        """
         for name, value in terms.items():
-            if name != "time":
+            if isinstance(value, tuple):
+                pair = torch.stack([part.detach().float().sum() for part in value])
+                before = self.ratios.get(prefix + name)
+                self.ratios[prefix + name] = pair if before is None else before + pair
+            elif name != "time":
                 self._sum(prefix + name, value.detach().sum() * share)
         if "time" in terms:
             loss = terms["loss"].detach()
@@ -61,7 +70,7 @@ class StepRecord:
 
     def flat(self) -> Tensor:
         """All numbers of the record in one row."""
-        parts = [torch.stack([v.float() for v in self.values.values()])]
+        parts = [torch.stack([v.float() for v in self.values.values()]), *self.ratios.values()]
         if self.time is not None:
             parts.append(self.time.flatten())
         return torch.cat(parts)
@@ -70,9 +79,12 @@ class StepRecord:
         """The row of metrics.jsonl, from the reduced numbers of `flat`."""
         row: dict[str, Any] = {"step": self.step, "epoch": self.epoch}
         row |= {name: _short(x) for name, x in zip(self.values, numbers)}
+        pairs = numbers[len(self.values) : len(self.values) + 2 * len(self.ratios)]
+        for name, over, under in zip(self.ratios, pairs[::2], pairs[1::2], strict=True):
+            row[name] = _short(over / under) if under else None
         row |= {"lr": self.rate, "samples": self.samples, "seconds": round(self.seconds, 4)}
         if self.time is not None:
-            sums, counts = numbers[len(self.values) : -BINS], numbers[-BINS:]
+            sums, counts = numbers[-2 * BINS : -BINS], numbers[-BINS:]
             row["loss_by_time"] = [_short(s / n) if n else None for s, n in zip(sums, counts)]
             row["count_by_time"] = [int(n) for n in counts]
         return row
@@ -167,7 +179,8 @@ class Metrics:
             raise RunFailed(failure)
 
     def _failure(self, record: StepRecord, numbers: list[float]) -> str | None:
-        for name, value in zip(record.values, numbers):
+        names = [*record.values, *(name for name in record.ratios for _ in range(2))]
+        for name, value in zip(names, numbers):
             if math.isfinite(value) or (self._skipped and name.endswith("grad_norm")):
                 continue
             return (

@@ -19,7 +19,7 @@ from diffkit.errors import UserError
 from diffkit.training.config import TrainConfig
 from diffkit.training.ema import Ema
 
-__all__ = ["Player", "make_optimizer"]
+__all__ = ["Player", "make_optimizer", "shaped_like", "whole"]
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -41,27 +41,27 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
-def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """The full tensors on the CPU, without graphs and without sharing memory.
 
     Sharded tensors are gathered by all processes together; those with `keep` false only take part
     in that, one tensor at a time, and get nothing.
     """
-    whole = {}
+    found = {}
     for name, value in tensors.items():
         tensor = value.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         if keep:
-            whole[name] = tensor.to("cpu", copy=True)
-    return whole
+            found[name] = tensor.to("cpu", copy=True)
+    return found
 
 
-def _shaped_like(whole: Tensor, like: Tensor) -> Tensor:
-    """`whole` on the device of `like`, sharded as `like` is."""
+def shaped_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole `tensor` on the device of `like`, sharded as `like` is."""
     if isinstance(like, DTensor):
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
-    return whole.to(like.device)
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)
 
 
 class Player:
@@ -121,7 +121,7 @@ class Player:
 
     def weights(self, keep: bool = True) -> dict[str, Tensor]:
         """Trainable parameters and persistent buffers by name."""
-        return _whole(dict(zip(self.names, self.parameters, strict=True)) | self._buffers(), keep)
+        return whole(dict(zip(self.names, self.parameters, strict=True)) | self._buffers(), keep)
 
     def _buffers(self) -> dict[str, Tensor]:
         buffers = dict(self.plain.named_buffers())
@@ -133,17 +133,17 @@ class Player:
         """Set what `weights` returned."""
         tensors = dict(zip(self.names, self.parameters, strict=True)) | self._buffers()
         for name, tensor in tensors.items():
-            tensor.copy_(_shaped_like(weights[name], tensor))
+            tensor.copy_(shaped_like(weights[name], tensor))
 
     def average(self, keep: bool = True) -> dict[str, Tensor]:
         """The moving average by name; empty without EMA."""
-        return {} if self.ema is None else _whole(self.ema.weights, keep)
+        return {} if self.ema is None else whole(self.ema.weights, keep)
 
     def load_average(self, weights: Mapping[str, Tensor]) -> None:
         """Set what `average` returned."""
         if self.ema is not None:
             shadow = self.ema.weights
-            self.ema.load({k: _shaped_like(v, shadow[k]) for k, v in weights.items()})
+            self.ema.load({k: shaped_like(v, shadow[k]) for k, v in weights.items()})
 
     def optimizer_state(self, keep: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain numbers of the optimizer's state, each named `slot/parameter`."""
@@ -157,7 +157,7 @@ class Player:
                     tensors[key] = value
                 else:
                     numbers[key] = value
-        return _whole(tensors, keep), numbers
+        return whole(tensors, keep), numbers
 
     def load_optimizer_state(
         self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
@@ -170,7 +170,7 @@ class Player:
             slot, name = key.split("/", 1)
             parameter = parameters[name]
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value = _shaped_like(value, parameter)
+                value = shaped_like(value, parameter)
             elif isinstance(value, Tensor):
                 value = value.to(parameter.device)
             state[parameter][slot] = value
@@ -197,8 +197,8 @@ def _gathered(module: nn.Module, keep: bool) -> Iterator[None]:
         for name, parameter in owner.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 sharded.append((owner, name, parameter))
-    whole = _whole({str(place): p for place, (_, _, p) in enumerate(sharded)}, keep)
-    for place, tensor in whole.items():
+    gathered = whole({str(place): p for place, (_, _, p) in enumerate(sharded)}, keep)
+    for place, tensor in gathered.items():
         owner, name, _ = sharded[int(place)]
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     try:

@@ -27,7 +27,7 @@ from diffkit.training.config import TrainConfig
 from diffkit.training.devices import shard_by_block
 from diffkit.training.folder import RunFolder
 from diffkit.training.metrics import Metrics, StepRecord
-from diffkit.training.players import Player
+from diffkit.training.players import Player, shaped_like, whole
 from diffkit.training.report import Report
 from diffkit.training.signals import StopRequest
 from diffkit.training.trackers import Tracker
@@ -149,6 +149,7 @@ class Trainer:
                 stopping = self._agreed(stop)
                 if stopping or self._due(done, config.log_every):
                     self.metrics.flush()
+                    self.objective.inspect()
                     report.show(self.metrics.last)
                 if stopping or self._due(done, config.checkpoint_every):
                     self.checkpoint(done)
@@ -211,6 +212,7 @@ class Trainer:
         record = StepRecord(step + 1, epoch, rate, samples=(step + 1) * config.batch_size)
         due = [phase for phase in self.phases if step % phase.every == 0]
         material: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self.objective.begin(step)
         for place, phase in enumerate(due):
             self._route(phase)
             self.players[phase.player].set_rate(rate)
@@ -240,6 +242,7 @@ class Trainer:
     ) -> None:
         """One optimizer step of the phase's player."""
         player, accelerator, config = self.players[phase.player], self.accelerator, self.config
+        watched: dict[str, Tensor] = {}
         prefix = f"{phase.name}/" if len(self.phases) > 1 else ""
         rank, world = accelerator.process_index, accelerator.num_processes
         for micro, batch in enumerate(batches):
@@ -256,10 +259,22 @@ class Trainer:
                     terms = player.module(phase.name, draws, shared)
                 accelerator.backward(reduce_loss(terms["loss"], config.batch_size, world))
             record.add(prefix, terms, 1 / (config.batch_size * phase.repeats))
+            for name in self.objective.watched():
+                if name in terms:
+                    part = terms[name].detach().float().sum() / config.batch_size
+                    watched[name] = watched[name] + part if name in watched else part
         norm = self._clip(player)
         record.add_norm(prefix, norm, 1 / (phase.repeats * world))
         player.optimizer.step()
         player.optimizer.zero_grad(set_to_none=True)
+        self.objective.stepped(phase.name, self._means(watched))
+
+    def _means(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums of the parts over all processes; a collective call where there are any."""
+        if not parts:
+            return {}
+        sums = self.accelerator.reduce(torch.stack(list(parts.values())), "sum")
+        return dict(zip(parts, sums.unbind(), strict=True))
 
     def _clip(self, player: Player) -> Tensor:
         """Scale the gradient down to the longest norm that is allowed; returns its own norm."""
@@ -282,6 +297,8 @@ class Trainer:
             files[f"{name}.optimizer"], numbers[name] = player.optimizer_state(main)
             if average := player.average(main):
                 files[f"{name}.ema"] = average
+        for name, tensors in self.objective.state().items():
+            files[f"{name}.state"] = whole(tensors, main)
         if self.accelerator.scaler is not None:
             numbers["scaler"] = self.accelerator.scaler.state_dict()
         path = None
@@ -314,10 +331,24 @@ class Trainer:
                     f"step {checkpoint.step}: the checkpoint lacks {error} of player {name}; it "
                     "was written for another model. Start anew with --overwrite."
                 ) from error
+        self._restore(checkpoint)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.numbers["scaler"])
         say(f"going on after step {checkpoint.step}.")
         return checkpoint.step
+
+    @torch.no_grad()
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Give the objective's own tensors back their values."""
+        for name, tensors in self.objective.state().items():
+            found = checkpoint.files.get(f"{name}.state", {})
+            if missing := sorted(tensors.keys() - found.keys()):
+                raise RunFailed(
+                    f"step {checkpoint.step}: the checkpoint lacks {missing[0]} of {name}; it was "
+                    "written by another version of the method. Start anew with --overwrite."
+                )
+            for key, tensor in tensors.items():
+                tensor.copy_(shaped_like(found[key], tensor))
 
     def _check_start(self, step: int) -> None:
         """Raise `RunFailed` unless all processes found the checkpoint of the same step."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffkit.errors import RunFailed
 from tests.training.toy import ToyObjective, TwoPlayers, config_for, train
 
 
@@ -125,3 +126,36 @@ def test_a_longer_run_equals_one_of_that_length(tmp_path):
     assert train(config_for(tmp_path / "b", **short), ToyObjective()) == 0
     assert train(config_for(tmp_path / "b", **long), ToyObjective()) == 0
     assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_what_an_objective_keeps_beside_its_players_comes_back(tmp_path):
+    """A controller's average decides draws: without it a resumed run would part from the other."""
+    first, second, whole = ToyObjective(), ToyObjective(), ToyObjective()
+    train(config_for(tmp_path / "parts", max_steps=8), first, stop_in=4)
+    assert first.mean > 0
+    train(config_for(tmp_path / "parts", max_steps=8), second)
+    assert second.begun == [5, 6, 7]
+    train(config_for(tmp_path / "whole", max_steps=8), whole)
+    assert torch.equal(second.mean, whole.mean)
+
+
+def test_a_checkpoint_without_that_state_is_refused(tmp_path):
+    train(config_for(tmp_path, max_steps=8), ToyObjective(), stop_in=4)
+    path = next((tmp_path / "checkpoints").glob("step-*")) / "state.json"
+    path.with_name("controller.state.safetensors").unlink()
+    state = json.loads(path.read_text())
+    del state["files"]["controller.state.safetensors"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(RunFailed, match="lacks mean of controller"):
+        train(config_for(tmp_path, max_steps=8), ToyObjective())
+
+
+def test_an_objective_may_stop_a_run_that_goes_wrong(tmp_path):
+    class Fails(ToyObjective):
+        def inspect(self):
+            if len(self.begun) >= 10:
+                raise RunFailed("diverged")
+
+    with pytest.raises(RunFailed, match="diverged"):
+        train(config_for(tmp_path), Fails())
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())][-1] == "step-00000008"

@@ -18,7 +18,7 @@ from torch import nn
 
 from diffkit.data.sampler import BatchSampler, share
 from diffkit.files import atomic_directory
-from diffkit.objectives.base import Phase
+from diffkit.objectives.base import Objective, Phase
 from diffkit.randomness import SampleKeys, normal
 from diffkit.training.config import TrainConfig
 from diffkit.training.configfile import dump
@@ -72,14 +72,27 @@ class Regressor(nn.Module):
         return {"loss": loss, "time": noise.abs().mean(1).clamp(0, 1)}
 
 
-class ToyObjective:
-    """One player."""
+class ToyObjective(Objective):
+    """One player, and a controller: the noise grows with the running mean of the loss."""
 
     def __init__(self, width=8, poison=None):
         torch.manual_seed(0)
         self.poison = poison
         self.seen = []
         self.modules = {"net": Regressor(width)}
+        self.mean, self.begun = torch.zeros(()), []
+
+    def begin(self, step):
+        self.begun.append(step)
+
+    def watched(self):
+        return ("loss",)
+
+    def stepped(self, phase, means):
+        self.mean.lerp_(means["loss"].tanh(), 0.1)
+
+    def state(self):
+        return {"controller": {"mean": self.mean}}
 
     def players(self):
         return self.modules
@@ -98,7 +111,7 @@ class ToyObjective:
         noise = batch.keys.normal((WIDTH,), f"noise/{repeat}")
         if self.poison is not None and batch.keys.epochs[0] == self.poison:
             noise = noise * float("nan")
-        return batch.x, noise
+        return batch.x, noise * (1 + self.mean)
 
     def shared(self, draws):
         return None
