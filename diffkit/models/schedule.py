@@ -75,6 +75,23 @@ def _coefficients(
     return table[kind]
 
 
+def _noise_gain(kind: Parametrization, alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """alpha sigma / det, by which sigma_t eps changes with the output at a fixed z_t.
+
+    det is never divided by: where it vanishes it cancels against alpha or sigma.
+    """
+    table = {
+        "epsilon": sigma,
+        "sample": -alpha,
+        "v_prediction": alpha * sigma / (alpha.square() + sigma.square()),
+        "velocity": alpha * sigma / (alpha + sigma),
+    }
+    if kind in table:
+        return table[kind]
+    edm = alpha * sigma * sigma_data / torch.hypot(sigma, sigma_data * alpha)
+    return -edm if kind == "edm" else edm
+
+
 def _match(values: Tensor, like: Tensor) -> Tensor:
     """(B,) or () -> (B, 1, 1, ...) on the device and in the dtype of `like`."""
     values = values.to(like)
@@ -358,6 +375,30 @@ class Schedule:
         alpha, sigma = _match(alpha, z0), _match(sigma, z0)
         a, b = _coefficients(self.prediction_type, alpha, sigma, self.sigma_data)
         return a * z0 + b * eps
+
+    def noise_gain(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """g(t) with sigma_t (eps_theta - eps) = g(t) (output - target), of t's shape, in `dtype`.
+
+        At a fixed z_t every prediction is linear in the output, so the error of the predicted noise
+        is that of the output times a number: sigma_t for eps-prediction, -alpha_t for x0,
+        alpha_t sigma_t for v and for flow's velocity. It is finite everywhere, pure noise included.
+        """
+        alpha, sigma = self.alpha_sigma(t, dtype)
+        return _noise_gain(self.prediction_type, alpha, sigma, self.sigma_data)
+
+    def noise_delta(self, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """sigma_t (eps_theta - eps), by which z_t would change with the predicted noise in it.
+
+        Computed as g(t) (output - target) in at least float32, so that it is exactly zero for a
+        perfect output. z_t plus this is alpha_t z_0 + sigma_t eps_theta: the data stay the true
+        ones. With the predicted data as well it would be z_t itself, whatever the network says.
+
+        Args:
+            output, target: (B, ...) in this model's parametrisation.
+            t: (B,).
+        """
+        output, target = _wide(output, target)
+        return _match(self.noise_gain(t, target.dtype), target) * (output - target)
 
     def prediction(self, output: Tensor, z_t: Tensor, t: Tensor) -> Prediction:
         """Read a network output (B, ...) at z_t and times t (B,) or ()."""

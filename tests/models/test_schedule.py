@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 from diffkit.errors import UserError
-from diffkit.models.schedule import Prediction, Schedule, convert
+from diffkit.models.schedule import Prediction, Schedule, _noise_gain, convert
 from diffkit.randomness import normal
 
 KINDS = ("epsilon", "sample", "v_prediction", "velocity", "edm", "edm_v")
@@ -75,6 +75,56 @@ def test_singular_ends_stay_finite_and_say_what_is_known(kind, alpha, sigma):
     unknown_eps = kind == "sample" and sigma == 0
     assert torch.equal(found.x0, torch.zeros_like(x0) if unknown_x0 else x0)
     assert torch.equal(found.eps, torch.zeros_like(eps) if unknown_eps else eps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("alpha", "sigma"), [*COEFFICIENTS, (0.0, 1.0), (1.0, 0.0)])
+def test_noise_gain_says_what_an_output_does_to_the_predicted_noise(kind, alpha, sigma):
+    """sigma (eps_th - eps) = g (output - target), with eps_th read by `Prediction`; float64."""
+    x0, eps = normal((3, 8), 1, "x0").double(), normal((3, 8), 1, "eps").double()
+    a, s = torch.full((3,), alpha, dtype=x0.dtype), torch.full((3,), sigma, dtype=x0.dtype)
+    truth = Prediction(alpha * x0 + sigma * eps, a[:, None], s[:, None], x0, eps)
+    target = truth.as_output(kind)
+    output = target + normal((3, 8), 1, "error")
+    found = Prediction.from_output(kind, output, truth.z_t, a, s)
+    expected = sigma * (found.eps - eps)
+    if kind == "sample" and sigma == 0:
+        # The noise is unknown there; what is known is that alpha x0 + sigma eps keeps to z_t.
+        expected = -(found.x0 - x0)
+    gain = _noise_gain(kind, a, s, 0.5)[:, None]
+    assert (gain * (output - target) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "weight"),
+    [
+        ("epsilon", lambda alpha, sigma: sigma**2),
+        ("v_prediction", lambda alpha, sigma: (alpha * sigma) ** 2),
+        ("sample", lambda alpha, sigma: alpha**2),
+    ],
+)
+def test_noise_delta_of_ddpm_weighs_as_derived(prediction_type, weight):
+    """|delta|^2 over |output - target|^2: 1 - ab, ab (1 - ab), ab; pure noise included."""
+    schedule = Schedule.from_scheduler(ddim(prediction_type, rescale_betas_zero_snr=True))
+    t = torch.tensor([0, 400, 999])
+    target, output = normal((3, 4, 2, 2), 1, "y").double(), normal((3, 4, 2, 2), 1, "o").double()
+    delta = schedule.noise_delta(output, target, t)
+    ratio = delta.square().sum((1, 2, 3)) / (output - target).square().sum((1, 2, 3))
+    assert torch.allclose(ratio, weight(*schedule.alpha_sigma(t, torch.float64)), rtol=1e-12)
+    assert torch.equal(schedule.noise_delta(target, target, t), torch.zeros_like(target))
+
+
+def test_noise_delta_of_a_flow_is_the_same_in_both_conventions():
+    """t (1 - t) (v_th - v); where t = 1 is the data and v = z - eps, with the other sign."""
+    schedule = Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    t = torch.tensor([0.0, 300.0, 1000.0]).double()
+    target, output = normal((3, 4), 1, "v").double(), normal((3, 4), 1, "o").double()
+    found = schedule.noise_delta(output, target, t)
+    share = (t / 1000)[:, None]
+    assert torch.allclose(found, share * (1 - share) * (output - target), rtol=1e-12)
+    backwards = 1 - share  # the time of the other convention
+    other = -backwards * (1 - backwards) * ((-output) - (-target))
+    assert torch.allclose(found, other, rtol=1e-12)
 
 
 def test_half_precision_outputs_are_read_in_float32():

@@ -1,0 +1,138 @@
+"""Errors of a denoiser as a decoder shows them (Zhang et al. 2024, arXiv:2409.17565, section 3).
+
+    E(b) = mean (D(z_t) - D(z_t + delta))^2,    delta = sigma_t (eps_theta - eps)
+
+The second input is alpha_t z_0 + sigma_t eps_theta: the true data with the predicted noise, and so
+z_t itself, to the last bit, for a perfect prediction. To first order E = |J_D(z_t) delta|^2, which
+weighs the error of the noise with sigma_t^2, on top of what the decoder makes of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffkit.models.decode import Checkpoint
+from diffkit.models.eager import eager
+from diffkit.models.schedule import Schedule
+from diffkit.randomness import SampleKeys
+
+__all__ = ["Decoder", "LatentCrop", "decoded_error", "draw_crop", "noise_only_delta"]
+
+
+class Decoder(Protocol):
+    """What turns latents into pictures: a `Codec`, a `TinyDecoder`."""
+
+    def decode(self, latents: Tensor, checkpoint: Checkpoint = None) -> Tensor:
+        """Images (B, 3, H, W), at least float32, of latents (B, C, h, w)."""
+        ...
+
+
+@dataclass(frozen=True)
+class LatentCrop:
+    """A window of one size a sample, in latent pixels.
+
+    Attributes:
+        top, left: (B,) int64, the first row and column.
+        height, width: sides.
+    """
+
+    top: Tensor
+    left: Tensor
+    height: int
+    width: int
+
+    def of(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, height, width); gradients flow."""
+        batch, channels = latents.shape[:2]
+        rows, columns = (
+            (start[:, None] + torch.arange(side, device=start.device)).to(latents.device)
+            for start, side in ((self.top, self.height), (self.left, self.width))
+        )
+        sample = torch.arange(batch, device=latents.device)[:, None, None, None]
+        channel = torch.arange(channels, device=latents.device)[:, None, None]
+        return latents[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+    def to(self, device: torch.device) -> LatentCrop:
+        """The same on `device`."""
+        top, left = (x.to(device, non_blocking=True) for x in (self.top, self.left))
+        return LatentCrop(top, left, self.height, self.width)
+
+
+def draw_crop(
+    keys: SampleKeys, height: int, width: int, size: int | None, purpose: str
+) -> LatentCrop | None:
+    """A random window of size x size in latents of height x width, by address; on the CPU.
+
+    A side shorter than `size` is taken whole. None where the window would be all of it, or for
+    `size` None.
+    """
+    if size is None or (size >= height and size >= width):
+        return None
+    sides = min(size, height), min(size, width)
+    top, left = (
+        keys.integers(0, whole - side + 1, f"{purpose}/{name}")
+        for whole, side, name in zip((height, width), sides, ("top", "left"), strict=True)
+    )
+    return LatentCrop(top, left, *sides)
+
+
+def noise_only_delta(schedule: Schedule, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
+    """delta = sigma_t (eps_theta - eps): only the noise is replaced by the predicted one.
+
+    (B, ...) in at least float32, without a division, exactly 0 for output = target:
+
+        eps  sigma_t (eps_theta - eps)          v     alpha_t sigma_t (v_theta - v)
+        x0   alpha_t (z_0 - x_theta)            flow  t (1 - t) (v_theta - v),  v = eps - z_0
+
+    Arguments:
+        schedule: of the model, whose one table of parametrisations this comes from.
+        output, target: of the network, and what it should have put out.
+        t: (B,) times in the model's units.
+    """
+    return schedule.noise_delta(output, target, t)
+
+
+def decoded_error(
+    decoder: Decoder,
+    latents: Tensor,
+    delta: Tensor,
+    *,
+    crop: LatentCrop | None = None,
+    checkpoint: Checkpoint = "resnet",
+    lean: bool = False,
+) -> Tensor:
+    """mean (D(z) - D(z + delta))^2 over channels and pixels: (B,), at least float32.
+
+    The first picture is the target: it carries no gradient. Parameters of the decoder get none
+    where they ask for none.
+
+    With a crop the decoder is given the same window of both latents and sees nothing around it:
+    its attention and normalisation are those of a smaller picture, another operator than the whole
+    decode's crop, but the same for both, at the cost of the window in every block. (With
+    `Codec.decode(crop=...)` the mid block would run on everything, and a tiny decoder has no such
+    thing.) A cropped picture is never compared with a crop of a whole one.
+
+    Arguments:
+        decoder: D.
+        latents: z, (B, C, h, w); no gradient flows into it.
+        delta: the same shape, with gradients.
+        crop: window of both.
+        checkpoint: what the backward pass recomputes; see `Codec.decode`.
+        lean: take the gradient at once, one sample at a time, and keep nothing of the decoder: see
+            `eager`. Same value and gradient.
+    """
+    z = latents.detach().to(delta)
+    if crop is not None:
+        z, delta = crop.of(z), crop.of(delta)
+
+    def error(change: Tensor, start: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = decoder.decode(start)
+        found = decoder.decode(start + change, checkpoint=checkpoint)
+        return (found - target).square().flatten(1).mean(1)
+
+    return eager(error, delta, z) if lean else error(delta, z)
