@@ -6,18 +6,19 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from diffkit.console import progress
+from diffkit.data.addressed import AddressedData
 from diffkit.data.cache import EmbeddingCache, LatentCache
 from diffkit.data.images import BadImage
-from diffkit.data.loader import TrainingData, read_pixels
 from diffkit.data.scan import threaded
 from diffkit.data.transforms import View, to_float
+from diffkit.data.visits import read_pixels
 from diffkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _PIXELS = 8 * 512 * 512
 
 
 def cache_latents(
-    data: TrainingData,
+    data: AddressedData[Any, Any, Any],
     folder: str | os.PathLike[str],
     codec: Codec,
     *,
@@ -53,16 +54,19 @@ def cache_latents(
             'Use crop "center", or train without the latent cache.'
         )
     cache = LatentCache(os.path.join(folder, "latents"), codec.fingerprint())
-    mine = range(rank, len(data), world)
+    # A picture may belong to several samples, and lie in several places of the set.
+    cuts = dict.fromkeys(cut for position in range(len(data)) for cut in data.cuts(position))
+    mine = list(cuts)[rank::world]
 
-    def missing(place: int) -> list[tuple[int, View, str]]:
-        position = mine[place]
-        identity = data.source.identity(data.kept[position])
-        views = data.transform.views(data.sizes[position], data.target(position))
-        keyed = [(position, view, cache.key(identity, view)) for view in views]
-        return [item for item in keyed if not cache.has(item[2])]
+    def missing(place: int) -> list[tuple[str, tuple[int, View]]]:
+        index, size, target = mine[place]
+        identity = data.pictures.identity(index)
+        keyed = [(cache.key(identity, v), (index, v)) for v in data.transform.views(size, target)]
+        return [item for item in keyed if not cache.has(item[0])]
 
-    todo = [item for items in threaded(missing, len(mine), "Checking latents") for item in items]
+    found = threaded(missing, len(mine), "Checking latents")
+    wanted = {key: look for items in found for key, look in items}
+    todo = [(*look, key) for key, look in wanted.items()]
     done = 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for part in progress(_parts(todo, batch_size), "Encoding pictures"):
@@ -78,12 +82,12 @@ def cache_latents(
     return done
 
 
-def _pixels(data: TrainingData, position: int, view: View) -> NDArray[np.uint8] | None:
-    index = data.kept[position]
+def _pixels(data: AddressedData[Any, Any, Any], index: int, view: View) -> NDArray[np.uint8] | None:
+    sample = data.pictures[index]
     try:
-        return read_pixels(data.source.encoded(index), data.source[index], view)
+        return read_pixels(data.pictures.encoded(index), sample, view)
     except BadImage as error:
-        data.broken.add(data.source[index], error)
+        data.broken.add(sample, error)
         return None
 
 
@@ -104,7 +108,7 @@ def _parts(
 
 
 def cache_embeddings(
-    data: TrainingData,
+    data: AddressedData[Any, Any, Any],
     folder: str | os.PathLike[str],
     conditioner: Conditioner,
     *,
@@ -118,9 +122,7 @@ def cache_embeddings(
     freed. Returns the number of captions encoded here.
     """
     cache = EmbeddingCache(os.path.join(folder, "embeddings"), conditioner.fingerprint())
-    captions = sorted(
-        {text for index in data.kept for text in data.source[index].captions or ("",)}
-    )
+    captions = sorted({text for position in range(len(data)) for text in data.captions(position)})
     mine = captions[rank::world]
     present = threaded(lambda place: cache.has(cache.key(mine[place])), len(mine), "Checking texts")
     todo = [caption for caption, there in zip(mine, present, strict=True) if not there]

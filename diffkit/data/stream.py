@@ -31,11 +31,11 @@ from diffkit.data.batch import Batch
 from diffkit.data.buckets import plan_buckets
 from diffkit.data.columns import captions_of, encoded_of, find_columns, label_of
 from diffkit.data.images import BadImage, read_header
-from diffkit.data.loader import BrokenPictures, Loaded, assemble, draw_caption, read_pixels
 from diffkit.data.prefetch import prefetch
 from diffkit.data.records import Encoded, Sample, Size
 from diffkit.data.sampler import share
 from diffkit.data.transforms import Crop, Transform
+from diffkit.data.visits import BrokenPictures, Loaded, assemble, draw_caption, read_pixels
 from diffkit.errors import RunFailed, UserError
 from diffkit.randomness import integers, permutation
 
