@@ -1,0 +1,139 @@
+"""Moments and gradients of masked, spatially normalised distances between feature maps.
+
+All maps are (B, C, H, W); a row is one channel of one sample. The arithmetic is float32 (float64
+for float64 maps) whatever the dtype of the maps, and goes through them in pieces, so that no wider
+copy of a whole map is made. What a mask leaves out enters no number, even if it is infinite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Combination", "Moments", "Which", "arithmetic", "combine", "moments", "piece_size"]
+
+Which = Literal["prediction", "target", "both"]
+Place = tuple[slice, slice]
+
+
+class Moments(NamedTuple):
+    """Numbers of the kept entries of each row, (B, C); variances are biased.
+
+    With d = predicted - target:
+
+    Attributes:
+        kept: number of kept entries, 1 where there are none. Such a row without any has 0 everywhere else.
+        square: mean of d^2.
+        mean_p, var_p: of the prediction. 0 if only the target was asked for.
+        mean_t, var_t: of the target. 0 if only the prediction was asked for.
+        var_d, cov_dt: of d, and of d and the target. 0 unless both were asked for.
+    """
+
+    kept: Tensor
+    square: Tensor
+    mean_p: Tensor
+    var_p: Tensor
+    mean_t: Tensor
+    var_t: Tensor
+    var_d: Tensor
+    cov_dt: Tensor
+
+
+class Combination(NamedTuple):
+    """Numbers (B, C) of m (of_d (p - t - mean_d) + of_p (p - mean_p) + of_t (t - mean_t))."""
+
+    of_d: Tensor
+    of_p: Tensor
+    of_t: Tensor
+    mean_d: Tensor
+    mean_p: Tensor
+    mean_t: Tensor
+
+
+def arithmetic(maps: Tensor) -> torch.dtype:
+    """The dtype in which numbers of these maps are computed: float32 at least."""
+    return torch.promote_types(maps.dtype, torch.float32)
+
+
+def piece_size(device: torch.device) -> int:
+    """Entries to work on at once: what stays in a CPU's cache, or what fills a GPU."""
+    return 1 << 18 if device.type == "cpu" else 1 << 24
+
+
+def moments(predicted: Tensor, target: Tensor, keep: Tensor | None, which: Which) -> Moments:
+    """`Moments` of two maps (B, C, H, W) under a mask of the same shape, or of everything."""
+    dtype, shape = arithmetic(predicted), predicted.shape[:2]
+    found = torch.zeros(8, *shape, dtype=dtype, device=predicted.device)
+    for place, p, t, out in _pieces(predicted, target, keep):
+        numbers = found[:, place[0], place[1]]
+        count = _count(p, out)
+        d = _without(p - t, out)
+        numbers[0], numbers[1] = count, d.square().sum(-1) / count
+        if which != "target":
+            numbers[2], p = _centred(p, out, count)
+            numbers[3] = p.square_().sum(-1) / count
+        if which != "prediction":
+            numbers[4], t = _centred(t, out, count)
+        if which == "both":
+            _, d = _centred(d, out, count)
+            numbers[6] = d.square().sum(-1) / count
+            numbers[7] = d.mul_(t).sum(-1) / count
+        if which != "prediction":
+            numbers[5] = t.square_().sum(-1) / count
+    return Moments(*found)
+
+
+def combine(
+    predicted: Tensor, target: Tensor, keep: Tensor | None, coefficients: Combination
+) -> Tensor:
+    """The `Combination` of two maps, (B, C, H, W) in the prediction's dtype."""
+    result = torch.empty_like(predicted)
+    c = coefficients
+    for (rows, channels), p, t, out in _pieces(predicted, target, keep):
+
+        def of(numbers: Tensor, rows: slice = rows, channels: slice = channels) -> Tensor:
+            return numbers[rows, channels, None]
+
+        total = (p - t).sub_(of(c.mean_d)).mul_(of(c.of_d))
+        total.addcmul_(p - of(c.mean_p), of(c.of_p)).addcmul_(t - of(c.mean_t), of(c.of_t))
+        result[rows, channels] = _without(total, out).view_as(result[rows, channels])
+    return result
+
+
+def _pieces(
+    predicted: Tensor, target: Tensor, keep: Tensor | None
+) -> Iterator[tuple[Place, Tensor, Tensor, Tensor | None]]:
+    """Parts (b, c, N) of the maps in the dtype of the arithmetic, and of what the mask leaves out.
+
+    They may be views of the maps: not to be written to.
+    """
+    dtype, size = arithmetic(predicted), piece_size(predicted.device)
+    samples, channels, height, width = predicted.shape
+    per_sample = max(1, size // (channels * height * width))
+    per_row = min(channels, max(1, size // (height * width)))
+    for b in range(0, samples, per_sample):
+        for c in range(0, channels, per_row):
+            place = (slice(b, b + per_sample), slice(c, c + per_row))
+            p, t = (maps[place].flatten(2).to(dtype) for maps in (predicted, target))
+            yield place, p, t, None if keep is None else ~keep[place].flatten(2)
+
+
+def _count(p: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return p.new_full(p.shape[:-1], p.shape[-1])
+    return (p.shape[-1] - out.sum(-1, dtype=p.dtype)).clamp_min_(1)
+
+
+def _without(x: Tensor, out: Tensor | None) -> Tensor:
+    """x, a temporary, with zeros where the mask leaves something out."""
+    return x if out is None else x.masked_fill_(out, 0)
+
+
+def _centred(x: Tensor, out: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over what is kept, and x minus it, 0 elsewhere."""
+    kept = x if out is None else x.masked_fill(out, 0)
+    mean = kept.sum(-1) / count
+    return mean, _without(x - mean[..., None], out)
