@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["snapshot", "weights_exchanged"]
+__all__ = ["Ema", "ema_decay", "snapshot", "weights_exchanged"]
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -42,3 +42,40 @@ def weights_exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Itera
         yield
     finally:
         _exchange(module, weights)
+
+
+def ema_decay(updates: int, decay: float) -> float:
+    """The decay of update number `updates` = 0, 1, ...: min(decay, (1 + n) / (10 + n)).
+
+    The warm-up lets the average forget the first weights while few have been seen.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class Ema:
+    """A float32 shadow of the trainable parameters: shadow <- d shadow + (1 - d) weights."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = module
+        self.weights = snapshot(module)
+        parameters = dict(module.named_parameters())
+        self._live = [parameters[name].detach() for name in self.weights]
+        self._shadow = list(self.weights.values())
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Take in the module's weights after `updates` earlier updates."""
+        torch._foreach_lerp_(self._shadow, self._live, 1 - ema_decay(updates, self.decay))
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the shadow."""
+        for name, weight in weights.items():
+            self.weights[name].copy_(weight)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module holds the averaged weights inside the block."""
+        with weights_exchanged(self.module, self.weights):
+            yield

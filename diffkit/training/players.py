@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffkit.errors import UserError
+from diffkit.objectives.views import Ema
 from diffkit.training.config import TrainConfig
-from diffkit.training.ema import Ema
 
 __all__ = ["Player", "make_optimizer", "shaped_like", "whole"]
 

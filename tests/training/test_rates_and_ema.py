@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffkit.objectives.views import snapshot, weights_exchanged
-from diffkit.training.ema import Ema, ema_decay
+from diffkit.objectives.views import Ema, ema_decay, snapshot, weights_exchanged
 from diffkit.training.rates import learning_rate
 
 
