@@ -12,7 +12,7 @@ weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from diffkit.models.decode import (
     encoder_stages,
     run,
     up_receptive_field,
+    without_float16,
 )
 from diffkit.models.fingerprint import describe_config, fingerprint_module
 
@@ -210,20 +211,23 @@ class Codec:
         image = _at_least_float32(run(stages[1:], features[window], checkpoint))
         return image[_scaled_window(inner, self.factor)]
 
-    def decoder_features(
-        self,
-        latents: Tensor,
-        blocks: Sequence[str] | None = None,
-        checkpoint: Checkpoint = None,
-    ) -> dict[str, Tensor]:
-        """Outputs of the decoder's blocks by name, in order: mid, up_0, ..., up_k, out.
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the decoder's features in the order of computation: mid, up_0, ..., up_k."""
+        return tuple(stage.name for stage in self._decoder()[:-1])
 
-        Blocks after the last one named are not computed. Gradients flow. Features have the dtype of
-        the network, except `out` (the image), which is >= float32.
+    def features(
+        self, latents: Tensor, blocks: Sequence[str], checkpoint: Checkpoint = None
+    ) -> Iterator[Tensor]:
+        """The outputs of the named blocks one after the other, in order; nothing after the last.
+
+        The decoder runs on when the next one is asked for, in the grad mode that holds then, and so
+        that several decodes can go side by side. A feature is (B, C_l, h r_l, w r_l) in the dtype
+        in which the network computes; "out" is the image, at least float32.
 
         Arguments:
-            latents: (B, C, h, w).
-            blocks: names to return; all by default.
+            latents: scaled and shifted latents (B, C, h, w).
+            blocks: of `feature_names`, or "out".
             checkpoint: as in `decode`.
 
         Raises:
@@ -232,16 +236,31 @@ class Codec:
         self._check_latents(latents)
         stages = self._decoder()
         names = [stage.name for stage in stages]
-        wanted = set(names if blocks is None else blocks)
-        if unknown := sorted(wanted - set(names)):
+        if unknown := sorted(set(blocks) - set(names)):
             raise UserError(f"unknown decoder blocks {unknown}; this decoder has {names}")
-        last = max((names.index(name) for name in wanted), default=-1)
-        x, features = self._unscaled(latents), {}
-        for stage in stages[: last + 1]:
+        last = max((names.index(name) for name in blocks), default=-1)
+        return self._walk(latents, stages[: last + 1], set(blocks), checkpoint)
+
+    def _walk(
+        self, latents: Tensor, stages: Sequence[Stage], wanted: set[str], checkpoint: Checkpoint
+    ) -> Iterator[Tensor]:
+        x = self._unscaled(latents)
+        for stage in stages:
             x = run((stage,), x, checkpoint)
             if stage.name in wanted:
-                features[stage.name] = _at_least_float32(x) if stage.name == "out" else x
-        return features
+                yield _at_least_float32(x) if stage.name == "out" else x
+
+    def decoder_features(
+        self,
+        latents: Tensor,
+        blocks: Sequence[str] | None = None,
+        checkpoint: Checkpoint = None,
+    ) -> dict[str, Tensor]:
+        """`features` by name: of the named blocks, or of all, "out" included."""
+        names = [stage.name for stage in self._decoder()]
+        wanted = names if blocks is None else blocks
+        found = self.features(latents, wanted, checkpoint)
+        return dict(zip([name for name in names if name in set(wanted)], found, strict=True))
 
     def vjp(
         self,
@@ -318,7 +337,7 @@ class Codec:
                 "decode(tiled=True) gives no gradients, but these latents require them; use "
                 "checkpoint='block', checkpoint='resnet' or crop=... to save memory"
             )
-        with torch.no_grad():
+        with torch.no_grad(), without_float16(latents.device.type):
             image: Tensor = network.tiled_decode(self._unscaled(latents)).sample
         return _at_least_float32(image)
 

@@ -134,8 +134,25 @@ class PixelCodec(_Deterministic):
         return like.new_zeros(()), like.new_ones(())
 
 
+_KINDS: dict[str, type[Codec]] = {"AutoencoderKL": Codec, "VQModel": VqCodec}
+
+
 def open_codec(network: Any, channels: int) -> Codec:
-    """The codec of an autoencoder; of None, that of a model of pixels with `channels` channels."""
+    """The codec of an autoencoder; of None, that of a model of pixels with `channels` channels.
+
+    Raises `UserError` for an autoencoder of another class: its layers are not those that the
+    codec's stages, features and products are made of.
+    """
     if network is None:
         return PixelCodec(channels)
-    return VqCodec(network) if hasattr(network, "quantize") else Codec(network)
+    for base in type(network).__mro__:
+        if base.__name__ in _KINDS:
+            return _KINDS[base.__name__](network)
+    name = type(network).__name__
+    right = f"give a model whose autoencoder is one of {', '.join(_KINDS)}."
+    if name == "AutoencoderTiny":
+        right = (
+            "it stands in for a full one and has no features of its own; give the model with the "
+            "AutoencoderKL that it was made from."
+        )
+    raise UserError(f"model: its autoencoder is a {name}, which diffkit cannot take apart; {right}")

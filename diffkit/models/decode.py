@@ -8,8 +8,9 @@ activations are kept at the cuts and recomputed between them.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -29,6 +30,7 @@ __all__ = [
     "encoder_stages",
     "run",
     "up_receptive_field",
+    "without_float16",
 ]
 
 Checkpoint = Literal["block", "resnet"] | None
@@ -80,6 +82,22 @@ def encoder_stages(vae: Any) -> tuple[Stage, ...]:
     )
 
 
+@contextlib.contextmanager
+def without_float16(device: str) -> Iterator[None]:
+    """Switch float16 autocast off: activations of some VAEs (SDXL's) overflow in it.
+
+    The networks then compute in the dtype of their weights; bfloat16 autocast, which has float32's
+    range, stays on.
+    """
+    half = (
+        torch.amp.is_autocast_available(device)  # the meta device has none
+        and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) == torch.float16
+    )
+    with torch.autocast(device, enabled=False) if half else contextlib.nullcontext():
+        yield
+
+
 def cuts(stages: Sequence[Stage], checkpoint: Checkpoint) -> list[Unit]:
     """The pieces between two kept activations: all in one (None), one a stage, or one a unit."""
     if checkpoint is None:
@@ -92,17 +110,19 @@ def cuts(stages: Sequence[Stage], checkpoint: Checkpoint) -> list[Unit]:
 
 
 def run(stages: Sequence[Stage], x: Tensor, checkpoint: Checkpoint = None) -> Tensor:
-    """Run the chain. With `checkpoint`, autograd keeps only the input of every piece.
+    """Run the chain, never in float16 autocast. With `checkpoint`, autograd keeps only the input of
+    every piece.
 
     Output and gradients are those of the plain run. The networks draw no random numbers, so no
     random state is kept.
     """
     pieces = cuts(stages, checkpoint)
-    for piece in pieces:
-        if checkpoint is None or not torch.is_grad_enabled():
-            x = piece(x)
-        else:
-            x = torch_checkpoint(piece, x, use_reentrant=False, preserve_rng_state=False)
+    with without_float16(x.device.type):
+        for piece in pieces:
+            if checkpoint is None or not torch.is_grad_enabled():
+                x = piece(x)
+            else:
+                x = torch_checkpoint(piece, x, use_reentrant=False, preserve_rng_state=False)
     return x
 
 
@@ -116,15 +136,16 @@ def chain_vjp(
     Parameters get no gradient.
     """
     inputs = [x.detach()]
-    with torch.no_grad():
+    with torch.no_grad(), without_float16(x.device.type):
         for piece in pieces:
             inputs.append(piece(inputs[-1]))
     y = inputs.pop()
     grad = cotangent(y).to(y.dtype)
-    for piece in reversed(pieces):
-        start = inputs.pop().requires_grad_()
-        with torch.enable_grad():
-            (grad,) = torch.autograd.grad(piece(start), start, grad)
+    with without_float16(x.device.type):
+        for piece in reversed(pieces):
+            start = inputs.pop().requires_grad_()
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(piece(start), start, grad)
     return y, grad
 
 

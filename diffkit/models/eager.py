@@ -13,6 +13,7 @@ itself, and only a tensor of the input's shape is kept.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,38 +26,40 @@ Terms = tuple[Tensor, ...]
 
 
 def eager(
-    function: Callable[..., Tensor], x: Tensor, *others: Tensor, chunk: int = 1, scale: float = 1.0
+    function: Callable[..., Tensor], x: Tensor, *others: Tensor | None, chunk: int = 1
 ) -> Tensor:
     """function(x, *others), (B,), that keeps for its backward pass its gradient in x alone.
 
     Values and gradients are those of the plain call, up to rounding; there are no second
-    derivatives. The function runs under the caller's autocast. Where no gradient is asked for, only
-    values are computed.
+    derivatives. The function runs under the caller's autocast, its backward pass outside, like that
+    of a training step. Where no gradient is asked for, only values are computed.
 
     Arguments:
         function: one value a sample, (b, ...), ... -> (b,), which depends on its own sample only.
             It may use checkpoints. Nothing but `x` gets a gradient through it.
         x: (B, ...), B at least 1.
-        others: (B, ...), what else belongs to each sample; taken apart along with `x`.
+        others: (B, ...), what else belongs to each sample, or None; taken apart along with `x`.
         chunk: samples that run at once.
-        scale: a power of two by which gradients are multiplied on their way through the function:
-            keeps those of a network that computes in float16 from vanishing.
     """
-    return eager_terms(lambda *parts: (function(*parts),), x, *others, chunk=chunk, scale=scale)[0]
+    return eager_terms(lambda *parts: (function(*parts),), x, *others, chunk=chunk)[0]
 
 
 def eager_terms(
-    function: Callable[..., Terms], x: Tensor, *others: Tensor, chunk: int = 1, scale: float = 1.0
+    function: Callable[..., Terms], x: Tensor, *others: Tensor | None, chunk: int = 1
 ) -> Terms:
     """As `eager`, of a function that returns several tensors (b, ...).
 
     The gradient is that of the first, (b,); the others come back without one.
     """
-    parts = zip(*(tensor.split(chunk) for tensor in (x, *others)), strict=True)
+    rows = range(0, len(x), chunk)
+    parts = [
+        tuple(None if tensor is None else tensor[i : i + chunk] for tensor in (x.detach(), *others))
+        for i in rows
+    ]
     if not (torch.is_grad_enabled() and x.requires_grad):
         with torch.no_grad():
             return _joined([function(*part) for part in parts])
-    terms: Terms = _Eager.apply(x, list(parts), function, scale)
+    terms: Terms = _Eager.apply(x, parts, function)
     return terms
 
 
@@ -65,11 +68,11 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, parts: list[Terms], function: Callable[..., Terms], scale: float
+        ctx: Any, x: Tensor, parts: list[tuple[Any, ...]], function: Callable[..., Terms]
     ) -> Terms:
         found, grads = [], []
         for part in parts:
-            terms, grad = _with_gradient(function, part, scale)
+            terms, grad = _with_gradient(function, part)
             found.append(terms)
             grads.append(grad)
         ctx.save_for_backward(torch.cat(grads))
@@ -78,22 +81,30 @@ class _Eager(torch.autograd.Function):
         return joined
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (own,) = ctx.saved_tensors
         each = grads[0].to(own).view(-1, *(1 for _ in own.shape[1:]))
-        return own * each, None, None, None
+        return own * each, None, None
 
 
-def _with_gradient(
-    function: Callable[..., Terms], part: Terms, scale: float
-) -> tuple[Terms, Tensor]:
+def _with_gradient(function: Callable[..., Terms], part: tuple[Any, ...]) -> tuple[Terms, Tensor]:
     """The terms of one chunk without their graph, which ends here, and the first's gradient."""
     start = part[0].detach().requires_grad_()
     with torch.enable_grad():
         terms = function(start, *part[1:])
-        (grad,) = torch.autograd.grad(terms[0].sum() * scale, start)
-    return tuple(term.detach() for term in terms), grad / scale
+        total = terms[0].sum()
+    with _without_autocast(start.device.type):
+        (grad,) = torch.autograd.grad(total, start)
+    return tuple(term.detach() for term in terms), grad
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    # Within it some backward operations (products of attention) would be cast down anew, whatever
+    # the dtype of the forward ones.
+    if not torch.amp.is_autocast_available(device):  # meta
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _joined(parts: list[Terms]) -> Terms:

@@ -10,10 +10,10 @@ D - z_0 = c_out (F - y).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,10 @@ from diffkit.models.denoiser import Denoiser
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.schedule import Density, Parametrization
 from diffkit.objectives.base import Objective, Phase
+from diffkit.randomness import SampleKeys
 
 __all__ = [
+    "Denoised",
     "DenoisingConfig",
     "DenoisingObjective",
     "DenoisingPlayer",
@@ -200,8 +202,26 @@ class Shared:
     cond: Conditioning
 
 
+@dataclass(frozen=True)
+class Denoised:
+    """What the network was given, said, and should have said, each (B, C, h, w).
+
+    Attributes:
+        z_t: noisy latents, at least float32.
+        output: in the model's parametrisation, in the network's own precision.
+        target: of the output, at least float32.
+    """
+
+    z_t: Tensor
+    output: Tensor
+    target: Tensor
+
+
 class DenoisingPlayer(nn.Module):
-    """The denoiser with its loss: forward(phase, draws, shared) -> {"loss", "time"}, each (B,)."""
+    """The denoiser with its loss: forward(phase, draws, shared) -> {"loss", "time"}, each (B,).
+
+    Methods that add terms of the same output subclass it.
+    """
 
     def __init__(
         self, denoiser: Denoiser, min_snr: float | None, guidance: float | None = None
@@ -211,29 +231,28 @@ class DenoisingPlayer(nn.Module):
         self.min_snr = min_snr
         self.guidance = guidance
 
-    def forward(self, phase: str, draws: Draws, shared: Shared) -> dict[str, Tensor]:
+    def forward(self, phase: str, draws: Draws, shared: Shared) -> dict[str, Any]:
         """The weighted denoising loss of each sample, and its place on the noise schedule."""
+        loss = self.loss(self.denoise(draws, shared), draws.t)
+        return {"loss": loss, "time": self.denoiser.schedule.place(draws.t)}
+
+    def denoise(self, draws: Draws, shared: Shared) -> Denoised:
+        """Add the noise and run the network."""
         schedule = self.denoiser.schedule
         z_t = schedule.add_noise(shared.z0, draws.eps, draws.t)
         told = None
         if self.guidance is not None:
             told = torch.full((len(z_t),), self.guidance, device=z_t.device)
         output = self.denoiser(z_t, draws.t, shared.cond, told)
-        target = schedule.target(shared.z0, draws.eps, draws.t)
+        return Denoised(z_t, output, schedule.target(shared.z0, draws.eps, draws.t))
+
+    def loss(self, denoised: Denoised, t: Tensor) -> Tensor:
+        """The weighted denoising loss (B,)."""
+        schedule = self.denoiser.schedule
         weight = None
         if self.min_snr is not None:
-            snr = schedule.snr(draws.t)
-            weight = min_snr_weight(snr, self.min_snr, schedule.prediction_type)
-        loss = denoising_loss(output, target, weight)
-        return {"loss": loss, "time": schedule.place(draws.t)}
-
-
-@contextlib.contextmanager
-def _without_float16(device: str) -> Iterator[None]:
-    """Switch float16 autocast off: the activations of some VAEs (SDXL) overflow in it."""
-    half = torch.is_autocast_enabled(device) and (torch.get_autocast_dtype(device) == torch.float16)
-    with torch.autocast(device, enabled=False) if half else contextlib.nullcontext():
-        yield
+            weight = min_snr_weight(schedule.snr(t), self.min_snr, schedule.prediction_type)
+        return denoising_loss(denoised.output, denoised.target, weight)
 
 
 def _check_inputs(model: LatentDiffusion) -> None:
@@ -329,8 +348,7 @@ class DenoisingObjective(Objective):
         if config.offset_noise:
             offsets = keys.normal((shape[0], 1, 1), f"offset{again}")
             eps = offset_noise(eps, offsets, config.offset_noise)
-        u = keys.uniform(f"timestep{again}")
-        t = self.model.schedule.train_timesteps(u, config.density, *config.normal())
+        t = self.times(keys, repeat)
         assert config.condition_dropout is not None  # resolved
         drop = keys.uniform(f"drop{again}") < config.condition_dropout
         posterior = keys.normal(shape, f"posterior{again}")
@@ -338,6 +356,11 @@ class DenoisingObjective(Objective):
         return Draws(
             batch.to(device), *(x.to(device, non_blocking=True) for x in (posterior, eps, t, drop))
         )
+
+    def times(self, keys: SampleKeys, repeat: int) -> Tensor:
+        """Training times (B,) in the model's units, on the CPU."""
+        u = keys.uniform(f"timestep/{repeat}" if repeat else "timestep")
+        return self.model.schedule.train_timesteps(u, self.config.density, *self.config.normal())
 
     def _latent_shape(self, batch: Batch) -> tuple[int, int, int]:
         if batch.moments is not None:
@@ -357,8 +380,7 @@ class DenoisingObjective(Objective):
             assert batch.images is not None
             if codec.device != self._device:
                 codec.to(self._device)
-            with _without_float16(self._device.type):
-                moments = codec.encode_moments(batch.images)
+            moments = codec.encode_moments(batch.images)
         return codec.sample(moments, draws.posterior)
 
     def condition(self, draws: Draws) -> Conditioning:

@@ -282,6 +282,61 @@ def test_decoder_features_in_order_and_truncated() -> None:
         codec.decoder_features(latents, ["up_9"])
 
 
+def test_features_of_two_decodes_side_by_side() -> None:
+    """Each step runs in the grad mode in which it is asked for, and nothing runs ahead."""
+    codec, calls = build(), []
+    for i, block in enumerate(codec.vae.decoder.up_blocks):
+        block.resnets[0].register_forward_hook(lambda *_, i=i: calls.append(i))
+    names = codec.feature_names
+    assert names == ("mid", "up_0", "up_1")
+    first = codec.features(normal(1, 4, 8, 8).requires_grad_(), names)
+    second = codec.features(normal(1, 4, 8, 8, seed=5).requires_grad_(), names)
+    assert next(first).requires_grad and calls == []
+    with torch.no_grad():
+        assert not next(second).requires_grad
+        next(second)
+    assert calls == [0] and next(first).requires_grad and calls == [0, 0]
+    with pytest.raises(UserError, match="up_9"):
+        codec.features(normal(1, 4, 8, 8), ["up_9"])  # at once, not at the first step
+
+
+def test_a_feature_goes_on_to_the_picture() -> None:
+    """With and without post_quant_conv: what a feature is of is what is decoded.
+
+    Features that start behind post_quant_conv are those of a latent that is never decoded.
+    """
+    for codec in (build(), build(**SD3)):
+        latents, decoder = normal(1, codec.channels, 8, 8), codec.vae.decoder
+        *_, x = codec.features(latents, codec.feature_names)
+        image = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
+        config = codec.vae.config
+        stock = codec.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0))
+        assert torch.allclose(image, stock.sample, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", [None, "resnet"])
+def test_decodes_stay_out_of_float16_autocast(checkpoint: Any) -> None:
+    """Activations of SDXL's VAE overflow in it; bfloat16 has the range and is used."""
+    codec = build()
+
+    def gradient(dtype: torch.dtype | None = None) -> Tensor:
+        latents = normal(1, 4, 8, 8).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            image = codec.decode(latents, checkpoint=checkpoint)
+        return torch.autograd.grad(image.square().sum(), latents)[0]
+
+    plain, half, wide = gradient(), gradient(torch.float16), gradient(torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
+        images = normal(1, 3, 16, 16)
+        assert next(codec.features(normal(1, 4, 8, 8), ["mid"])).dtype == torch.float32
+        moments = codec.encode_moments(images)
+        product = codec.vjp(normal(1, 4, 8, 8), lambda image: 2 * image)
+    for found in (half, product):
+        assert (found - plain).norm() < 1e-5 * plain.norm()
+    assert torch.allclose(moments, codec.encode_moments(images), atol=1e-6)
+    assert 1e-4 * plain.norm() < (wide - plain).norm() < 0.05 * plain.norm()
+
+
 def test_decoder_features_pass_gradients() -> None:
     codec, grads = build(), []
     for checkpoint in (None, "resnet"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 
@@ -31,6 +32,23 @@ def test_the_kind_follows_from_the_network():
         open_codec(vqvae(norm_type="spatial", block_out_channels=(32, 32)), 3)
 
 
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("AutoencoderDC", "is a AutoencoderDC, .* AutoencoderKL, VQModel"),
+        ("AutoencoderKLQwenImage", "AutoencoderKLQwenImage, which diffkit cannot take apart"),
+        ("AutoencoderKLWan", "AutoencoderKLWan, .* give a model whose autoencoder"),
+        ("AsymmetricAutoencoderKL", "AsymmetricAutoencoderKL"),
+        ("AutoencoderTiny", "AutoencoderTiny, .* the AutoencoderKL that it was made from"),
+    ],
+)
+def test_other_autoencoders_are_refused_by_name(network, message):
+    """All went to the codec of `AutoencoderKL`, and broke at the first attribute they lack."""
+    kind = getattr(diffusers, network)
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        open_codec(kind(), 4)
+
+
 def test_vq_equals_the_stock_model(vq):
     network, pictures = vq.vae, images(2, 3, 16, 12)
     assert (vq.factor, vq.channels, vq.latent_shape(16, 12)) == (2, 2, (2, 8, 6))
@@ -45,6 +63,7 @@ def test_vq_equals_the_stock_model(vq):
         for checkpoint in ("block", "resnet"):
             assert torch.equal(vq.decode(latents, checkpoint), stock)
         assert torch.equal(vq.decoder_features(latents)["out"], stock)
+        assert vq.feature_names == ("mid", "up_0", "up_1")
 
 
 def test_gradients_pass_through_the_codes(vq):
@@ -78,7 +97,7 @@ def test_pixels_are_their_own_latents():
     cotangent = normal((2, 3, 5, 7), 3)
     assert torch.equal(codec.vjp(pictures, cotangent), cotangent)
     assert torch.equal(codec.encode_vjp(pictures, cotangent), cotangent)
-    assert list(codec.decoder_features(pictures)) == ["out"]
+    assert list(codec.decoder_features(pictures)) == ["out"] and codec.feature_names == ()
     assert codec.decode(pictures.bfloat16()).dtype == torch.float32
 
 
