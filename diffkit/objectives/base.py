@@ -102,7 +102,7 @@ class Objective(Protocol):
 
         Arguments:
             means: the mean of each watched term that this phase's player has, over the global
-                batch: float32 of no dimension, equal on all processes.
+                batch: float32 of no dimension, (2,) of a pair; equal on all processes.
         """
         return None
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Objective
-from diffkit.objectives.denoising import DenoisingConfig, DenoisingObjective
 from diffkit.training.config import TrainConfig
+from diffkit.training.denoising import DenoisingTraining, build_denoising
 from diffkit.training.personal import (
     DreamBoothLoraTraining,
     DreamBoothTraining,
@@ -16,34 +15,9 @@ from diffkit.training.personal import (
     build_dreambooth,
     build_textual_inversion,
 )
+from diffkit.training.pixel_space import PixelTraining, build_pixel
 
-__all__ = ["METHODS", "DenoisingTraining", "Method", "method_of"]
-
-
-@dataclass
-class DenoisingTraining(TrainConfig):
-    """Fine-tune the denoiser on pictures and captions, all weights or a LoRA."""
-
-    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
-
-    def needs_captions(self) -> bool:
-        """Unless all of them are dropped."""
-        return self.denoising.condition_dropout != 1
-
-    def canonical(self) -> DenoisingTraining:
-        """With the canonical form of the method's own values."""
-        return replace(self, denoising=self.denoising.canonical())
-
-    def check(self) -> None:
-        """Raise `UserError` for values and combinations that cannot work."""
-        super().check()
-        self.denoising.check()
-
-
-def _denoising(
-    model: LatentDiffusion, config: DenoisingTraining, lora: str | None
-) -> DenoisingObjective:
-    return DenoisingObjective(model, config.denoising, lora)
+__all__ = ["METHODS", "Method", "method_of"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +34,11 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "denoising": Method(DenoisingTraining, _denoising),
+    "denoising": Method(DenoisingTraining, build_denoising),
     "dreambooth": Method(DreamBoothTraining, build_dreambooth),
     "dreambooth_lora": Method(DreamBoothLoraTraining, build_dreambooth),
     "textual_inversion": Method(TextualInversionTraining, build_textual_inversion),
+    "pixel": Method(PixelTraining, build_pixel),
 }
 
 

@@ -261,7 +261,7 @@ class Trainer:
             record.add(prefix, terms, 1 / (config.batch_size * phase.repeats))
             for name in self.objective.watched():
                 if name in terms:
-                    part = terms[name].detach().float().sum() / config.batch_size
+                    part = _sum(terms[name]) / config.batch_size
                     watched[name] = watched[name] + part if name in watched else part
         norm = self._clip(player)
         record.add_norm(prefix, norm, 1 / (phase.repeats * world))
@@ -273,8 +273,9 @@ class Trainer:
         """The sums of the parts over all processes; a collective call where there are any."""
         if not parts:
             return {}
-        sums = self.accelerator.reduce(torch.stack(list(parts.values())), "sum")
-        return dict(zip(parts, sums.unbind(), strict=True))
+        flat = self.accelerator.reduce(torch.cat([p.flatten() for p in parts.values()]), "sum")
+        sums = flat.split([part.numel() for part in parts.values()])
+        return {name: total.view_as(parts[name]) for name, total in zip(parts, sums, strict=True)}
 
     def _clip(self, player: Player) -> Tensor:
         """Scale the gradient down to the longest norm that is allowed; returns its own norm."""
@@ -360,3 +361,10 @@ class Trainer:
                 f"steps ({steps}, by rank). All need to see the same --output, on storage that "
                 "they share."
             )
+
+
+def _sum(term: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The sum over samples of a term, (), or of both of a pair, (2,); float32."""
+    if isinstance(term, tuple):
+        return torch.stack([_sum(part) for part in term])
+    return term.detach().float().sum()

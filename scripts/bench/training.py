@@ -37,10 +37,10 @@ from diffkit.files import read_jsonl
 from diffkit.objectives.denoising import DenoisingConfig
 from diffkit.randomness import SampleKeys
 from diffkit.training.configfile import dump
+from diffkit.training.denoising import DenoisingTraining
 from diffkit.training.devices import make_accelerator, release_accelerator
 from diffkit.training.folder import RunFolder
 from diffkit.training.launch import build_data, build_model, build_objective, fill_caches
-from diffkit.training.registry import DenoisingTraining
 from diffkit.training.trackers import make_tracker
 from diffkit.training.trainer import Trainer
 

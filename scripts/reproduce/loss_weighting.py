@@ -23,7 +23,7 @@ from runner.stages import train_stages
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.denoising import DenoisingConfig
-from diffkit.training.registry import DenoisingTraining
+from diffkit.training.denoising import DenoisingTraining
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,8 @@ from diffkit.commands.train import configs, parse
 from diffkit.errors import UserError
 from diffkit.objectives.denoising import DenoisingConfig
 from diffkit.training.configfile import differing_keys, dump, load, to_plain
+from diffkit.training.denoising import DenoisingTraining
 from diffkit.training.folder import RunFolder
-from diffkit.training.registry import DenoisingTraining
 from tests.training.toy import ToyObjective, config_for, train
 
 REQUIRED = ["--data", "pictures", "--output", "out"]

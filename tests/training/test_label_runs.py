@@ -70,8 +70,8 @@ def test_the_others_train_too(command, classes, tmp_path, model):
 
 
 def test_labels_follow_names_and_are_dropped_by_address(command, classes, tiny_folder):
+    from diffkit.training.denoising import DenoisingTraining
     from diffkit.training.launch import build_data, build_model
-    from diffkit.training.registry import DenoisingTraining
 
     config = DenoisingTraining(str(classes), classes / "unused", model=str(tiny_folder("dit")))
     model = build_model(config)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.training.denoising import DenoisingTraining
 from diffkit.training.launch import build_model
-from diffkit.training.registry import DenoisingTraining
 from tests.data.pictures import encoded, noise
 
 

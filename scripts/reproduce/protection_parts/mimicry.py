@@ -26,8 +26,8 @@ from diffkit.models.sampling import sample
 from diffkit.objectives.denoising import DenoisingConfig
 from diffkit.protection.budget import as_signed
 from diffkit.randomness import normal
+from diffkit.training.denoising import DenoisingTraining
 from diffkit.training.launch import train
-from diffkit.training.registry import DenoisingTraining
 from protection_parts.artist import (
     LEARNT,
     caption,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from diffkit.errors import RunFailed
 from diffkit.files import atomic_directory
+from diffkit.training.denoising import DenoisingTraining
 from diffkit.training.launch import train
-from diffkit.training.registry import DenoisingTraining
 from runner.work import INTERRUPTED, Interrupted, claim
 
 __all__ = ["stage_folder", "train_stages"]
