@@ -22,7 +22,8 @@ class DataCheckConfig:
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Pictures with metadata.{jsonl,csv,parquet}, with .txt files beside them, or in class
-    folders."""
+    folders; preference pairs where the table has columns winner and loser, or image_0, image_1 and
+    label_0."""
 
     smallest: int = 32
     """A shorter side below this many pixels is a problem."""

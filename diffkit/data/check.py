@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffkit.data.images import BadImage, decode
-from diffkit.data.layout import Entry, Problem, read_layout
+from diffkit.data.layout import Problem, read_layout
+from diffkit.data.preference_layout import is_pair_folder, read_pair_layout
 from diffkit.data.scan import threaded
 
 __all__ = ["Problem", "Report", "check"]
@@ -20,7 +21,8 @@ class Report:
     """The problems of a folder, worst kinds first, and its counts by name.
 
     `counts` holds "images" (files or rows looked at), "captions", "classes" and "good" (images
-    without a problem of their own).
+    without a problem of their own); of a folder of preference pairs the numbers of "pairs", "ties"
+    and "unlabelled" rows in place of "classes".
     """
 
     folder: str
@@ -35,10 +37,15 @@ class Report:
     def summary(self) -> str:
         """A short text for a person: what was looked at, each kind of problem with its files."""
         counts = self.counts
-        lines = [
-            f"{self.folder}: {counts['images']} images, {counts['captions']} captions, "
-            f"{counts['classes']} classes; {counts['good']} images without a problem."
-        ]
+        seen = f"{counts['images']} images, {counts['captions']} captions, "
+        if "pairs" in counts:
+            seen += (
+                f"{counts['pairs']} pairs, {counts['ties']} ties, "
+                f"{counts['unlabelled']} rows without a label"
+            )
+        else:
+            seen += f"{counts['classes']} classes"
+        lines = [f"{self.folder}: {seen}; {counts['good']} images without a problem."]
         for kind, number in self.kinds.items():
             lines.append(f"\n{kind} ({number})")
             lines += [f"  {problem}" for problem in self.problems if problem.kind == kind]
@@ -56,34 +63,47 @@ def check(
 ) -> Report:
     """Read and decode every picture of `folder`, by several threads and with progress.
 
-    The kinds of problem, in the order of the report: "corrupt" (missing, empty, truncated, not a
-    picture, of a mode or a size that is not read), "caption without image", "bad caption", "bad
-    row", "image without caption", "unlisted image", "too small" (a side below `smallest` pixels),
-    "duplicate" (the same bytes, or the same file named twice). Raises `UserError` when there is no
-    such folder, no picture in it, or its table as a whole cannot be read.
+    A folder whose table names pairs of pictures is read as one of preference pairs. The kinds of
+    problem, in the order of the report: "corrupt" (missing, empty, truncated, not a picture, of a
+    mode or a size that is not read), "caption without image", "bad caption", "bad row", "image
+    without caption", "pair without caption", "equal pictures" (a pair of a picture with itself),
+    "unlisted image", "too small" (a side below `smallest` pixels), "duplicate" (the same bytes, or
+    the same file named twice). Raises `UserError` when there is no such folder, no picture in it,
+    or its table as a whole cannot be read.
     """
+    if is_pair_folder(folder):
+        return _check_pairs(Path(folder), caption_column, smallest)
     layout = read_layout(folder, caption_column, label_column)
-    entries = layout.entries
-    looks = list(
-        threaded(lambda index: _look(entries[index].path, smallest), len(entries), "Checking")
-    )
-    problems = [
-        Problem(entry.name, kind, message)
-        for entry, (_, kind, message) in zip(entries, looks, strict=True)
-        if kind
-    ]
-    problems += layout.faults + layout.remarks
-    problems += _duplicates(entries, [digest for digest, _, _ in looks])
-    bad = {problem.path for problem in problems}
+    files = [(entry.name, entry.path) for entry in layout.entries]
+    problems = _pictures(files, smallest) + layout.faults + layout.remarks
     counts = {
-        "images": len(entries),
-        "captions": sum(len(entry.captions) for entry in entries),
-        "classes": len({entry.label for entry in entries if entry.label is not None}),
-        "good": sum(entry.name not in bad for entry in entries),
+        "captions": sum(len(entry.captions) for entry in layout.entries),
+        "classes": len({entry.label for entry in layout.entries if entry.label is not None}),
     }
+    return _report(layout.root, files, problems, counts)
+
+
+def _check_pairs(root: Path, caption_column: str | None, smallest: int) -> Report:
+    layout = read_pair_layout(root, caption_column)
+    files = [(name, root / name) for name in layout.names]
+    problems = _pictures(files, smallest) + layout.faults + layout.remarks
+    counts = {
+        "captions": sum(len(entry.captions) for entry in layout.entries),
+        "pairs": len(layout.entries),
+        "ties": layout.ties,
+        "unlabelled": layout.unlabelled,
+    }
+    return _report(root, files, problems, counts)
+
+
+def _report(
+    root: Path, files: list[tuple[str, Path]], problems: list[Problem], counts: dict[str, int]
+) -> Report:
+    bad = {problem.path for problem in problems}
+    good = sum(name not in bad for name, _ in files)
     rank = {kind: place for place, kind in enumerate(_ORDER)}
     problems.sort(key=lambda problem: rank[problem.kind])
-    return Report(str(layout.root), tuple(problems), counts)
+    return Report(str(root), tuple(problems), {"images": len(files), **counts, "good": good})
 
 
 _ORDER = (
@@ -92,10 +112,23 @@ _ORDER = (
     "bad caption",
     "bad row",
     "image without caption",
+    "pair without caption",
+    "equal pictures",
     "unlisted image",
     "too small",
     "duplicate",
 )
+
+
+def _pictures(files: list[tuple[str, Path]], smallest: int) -> list[Problem]:
+    """What is wrong with the pictures themselves, given by name and path."""
+    looks = list(threaded(lambda i: _look(files[i][1], smallest), len(files), "Checking"))
+    problems = [
+        Problem(name, kind, message)
+        for (name, _), (_, kind, message) in zip(files, looks, strict=True)
+        if kind
+    ]
+    return problems + _duplicates([name for name, _ in files], [digest for digest, _, _ in looks])
 
 
 def _look(path: Path, smallest: int) -> tuple[str, str, str]:
@@ -114,14 +147,14 @@ def _look(path: Path, smallest: int) -> tuple[str, str, str]:
     return digest, "", ""
 
 
-def _duplicates(entries: list[Entry], digests: list[str]) -> list[Problem]:
+def _duplicates(names: list[str], digests: list[str]) -> list[Problem]:
     first: dict[str, str] = {}
     problems = []
-    for entry, digest in zip(entries, digests, strict=True):
+    for name, digest in zip(names, digests, strict=True):
         if not digest:
             continue
-        twin = first.setdefault(digest, entry.name)
-        if twin is not entry.name:
-            message = "is named twice" if twin == entry.name else f"has the same bytes as {twin}"
-            problems.append(Problem(entry.name, "duplicate", message))
+        twin = first.setdefault(digest, name)
+        if twin is not name:
+            message = "is named twice" if twin == name else f"has the same bytes as {twin}"
+            problems.append(Problem(name, "duplicate", message))
     return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,19 @@ from typing import Any
 from diffkit.data.records import Encoded
 from diffkit.errors import UserError
 
-__all__ = ["Columns", "captions_of", "encoded_of", "find_columns", "label_of"]
+__all__ = [
+    "CAPTIONS",
+    "Columns",
+    "captions_of",
+    "content_hash",
+    "encoded_of",
+    "find_columns",
+    "label_of",
+]
 
-_CAPTIONS = ("text", "txt", "caption", "prompt")
+CAPTIONS = ("text", "txt", "caption", "prompt")
+"""Names under which captions are looked for, in this order."""
+
 _LABELS = ("label", "cls")
 
 
@@ -57,7 +68,7 @@ def find_columns(
         raise UserError(
             f'{place}: labels are class numbers, and "{label}" holds {features[label]}.'
         )
-    caption = caption or _first(_CAPTIONS, features, _is_text)
+    caption = caption or _first(CAPTIONS, features, _is_text)
     label = label or _first(_LABELS, features, _is_number)
     names = tuple(getattr(features[label], "names", ())) if label else ()
     return Columns(image, caption, label, names)
@@ -83,6 +94,12 @@ def encoded_of(value: Any) -> Encoded:
     if value and value.get("bytes"):
         return bytes(value["bytes"])
     return Path(value["path"]) if value and value.get("path") else b""
+
+
+def content_hash(encoded: Encoded) -> str:
+    """Hash of the bytes of an encoded picture."""
+    data = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def captions_of(value: object, place: str) -> tuple[str, ...]:

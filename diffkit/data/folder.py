@@ -11,7 +11,7 @@ from diffkit.data.layout import Layout, Problem, read_layout
 from diffkit.data.records import Sample
 from diffkit.errors import UserError
 
-__all__ = ["ImageFolder", "Record"]
+__all__ = ["ImageFolder", "PictureFiles", "Record", "refuse_faults"]
 
 _NAMED = 5  # faults that an error message lists before it only counts
 
@@ -23,40 +23,17 @@ class Record(Sample):
     path: Path = field(default=Path(), kw_only=True)
 
 
-class ImageFolder:
-    """Pictures of a folder with their captions, labels and metadata; see `layout` for the layouts.
+class PictureFiles:
+    """Pictures that are files.
 
-    Arguments: `caption_column` and `label_column` name columns of the metadata table; by default
-    "text" and "label" are taken where they exist. Number labels are class numbers; names are
-    numbered in sorted order. No picture is opened here.
-
-    Raises `UserError` for a missing or empty folder, an unknown column, a caption or a metadata row
-    that names no picture, and a row of the wrong type.
+    Arguments:
+        records: what is known of each.
+        class_names: names of the classes in the order of their labels.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        caption_column: str | None = None,
-        label_column: str | None = None,
-    ) -> None:
-        layout = read_layout(path, caption_column, label_column)
-        _refuse_faults(layout)
-        self.path = layout.root
-        self.class_names = _class_names(layout)
-        numbers = {name: number for number, name in enumerate(self.class_names)}
-        self.records: Sequence[Record] = [
-            Record(
-                index,
-                entry.name,
-                entry.captions,
-                None if entry.label is None else numbers[str(entry.label)],
-                entry.extras,
-                path=entry.path,
-            )
-            for index, entry in enumerate(layout.entries)
-        ]
+    def __init__(self, records: Sequence[Record], class_names: tuple[str, ...] = ()) -> None:
+        self.records = records
+        self.class_names = class_names
 
     def __len__(self) -> int:
         return len(self.records)
@@ -79,11 +56,49 @@ class ImageFolder:
         return f"{record.name}|{status.st_size}|{status.st_mtime_ns}"
 
 
-def _refuse_faults(layout: Layout) -> None:
-    if layout.faults:
+class ImageFolder(PictureFiles):
+    """Pictures of a folder with their captions, labels and metadata; see `layout` for the layouts.
+
+    Arguments: `caption_column` and `label_column` name columns of the metadata table; by default
+    "text" and "label" are taken where they exist. Number labels are class numbers; names are
+    numbered in sorted order. No picture is opened here.
+
+    Raises `UserError` for a missing or empty folder, an unknown column, a caption or a metadata row
+    that names no picture, and a row of the wrong type.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        caption_column: str | None = None,
+        label_column: str | None = None,
+    ) -> None:
+        layout = read_layout(path, caption_column, label_column)
+        refuse_faults(layout.root, layout.faults)
+        self.path = layout.root
+        class_names = _class_names(layout)
+        numbers = {name: number for number, name in enumerate(class_names)}
+        records = [
+            Record(
+                index,
+                entry.name,
+                entry.captions,
+                None if entry.label is None else numbers[str(entry.label)],
+                entry.extras,
+                path=entry.path,
+            )
+            for index, entry in enumerate(layout.entries)
+        ]
+        super().__init__(records, class_names)
+
+
+def refuse_faults(root: Path, faults: Sequence[Problem]) -> None:
+    """Raise `UserError` naming the faults of a folder, if there are any."""
+    if faults:
         raise UserError(
-            f"{layout.root}: {_listing(layout.faults)}\n"
-            f"Mend these, or see everything with: diffkit data check {layout.root}"
+            f"{root}: {_listing(faults)}\n"
+            f"Mend these, or see everything with: diffkit data check {root}"
         )
 
 

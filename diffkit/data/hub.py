@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffkit.data.columns import captions_of, encoded_of, find_columns, label_of
+from diffkit.data.columns import captions_of, content_hash, encoded_of, find_columns, label_of
 from diffkit.data.folder import ImageFolder
 from diffkit.data.images import EXTENSIONS
 from diffkit.data.layout import TABLES, list_files
 from diffkit.data.records import Encoded, ImageSource, Sample
 from diffkit.errors import UserError
 
-__all__ = ["HUB_PREFIX", "HubDataset", "load_table", "open_source"]
+__all__ = ["HUB_PREFIX", "HubDataset", "is_table", "load_table", "open_source"]
 
 HUB_PREFIX = "hub:"
 _SHARDS = {".parquet", ".arrow", ".tar"}
@@ -78,9 +77,7 @@ class HubDataset:
 
     def identity(self, index: int, /) -> str:
         """Hash of the encoded picture; its bytes lie in the table and are read in any case."""
-        encoded = self.encoded(index)
-        data = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
-        return hashlib.blake2b(data, digest_size=16).hexdigest()
+        return content_hash(self.encoded(index))
 
 
 def open_source(
@@ -97,7 +94,7 @@ def open_source(
     or "hub:OWNER/NAME", optionally "hub:OWNER/NAME@REVISION", downloaded by `datasets` into its own
     cache. `split` and `image_column` belong to shards and hub sets. Raises `UserError`.
     """
-    if not _is_table(data):
+    if not is_table(data):
         if image_column is not None:
             raise UserError(f"{data}: is a folder of pictures, which has no image column.")
         return ImageFolder(data, caption_column=caption_column, label_column=label_column)
@@ -124,7 +121,7 @@ def load_table(data: str | os.PathLike[str], split: str, *, streaming: bool) -> 
             return datasets.load_dataset(
                 repository, split=split, streaming=streaming, revision=revision or None
             )
-        if not _is_table(data):
+        if not is_table(data):
             raise UserError(f"{name}: holds no shards ({', '.join(sorted(_SHARDS))}).")
         folder = Path(data)
         if (folder / "dataset_dict.json").is_file():
@@ -136,7 +133,7 @@ def load_table(data: str | os.PathLike[str], split: str, *, streaming: bool) -> 
         return table.to_iterable_dataset(num_shards=files) if streaming else table
 
 
-def _is_table(data: str | os.PathLike[str]) -> bool:
+def is_table(data: str | os.PathLike[str]) -> bool:
     """True for a hub name and for a folder of shards, which holds no pictures and no metadata."""
     if str(data).startswith(HUB_PREFIX):
         return True

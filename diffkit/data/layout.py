@@ -13,7 +13,7 @@ In the last two, pictures that all lie in two or more subfolders have these as c
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,19 @@ from diffkit.data.images import EXTENSIONS
 from diffkit.data.metadata import Row, read_table
 from diffkit.errors import UserError
 
-__all__ = ["TABLES", "Entry", "Layout", "Problem", "list_files", "read_layout"]
+__all__ = [
+    "TABLES",
+    "Entry",
+    "Layout",
+    "Problem",
+    "find_table",
+    "list_files",
+    "named_picture",
+    "read_layout",
+    "row_fault",
+    "texts_of",
+    "unlisted",
+]
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _NOT_CAPTIONS = {"readme", "license", "licence", "notice", "copying"}
@@ -78,6 +90,22 @@ def read_layout(
     lacks a column that was asked for.
     """
     root = Path(folder)
+    names, table = find_table(root)
+    if table:
+        return _from_table(root, table, names, caption_column, label_column)
+    if caption_column or label_column:
+        raise UserError(
+            f"{root}: a column was named, but there is no metadata table; "
+            f"expected one of {', '.join(TABLES)}."
+        )
+    return _from_files(root, names)
+
+
+def find_table(root: Path) -> tuple[list[str], Path | None]:
+    """The names below a folder, and its metadata table, if it has one.
+
+    Raises `UserError` when there is no such folder, or several tables.
+    """
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {what}. Give a folder of pictures.")
@@ -86,14 +114,7 @@ def read_layout(
     if len(tables) > 1:
         found = ", ".join(table.name for table in tables)
         raise UserError(f"{root}: holds {found}. Only one metadata table can count; keep one.")
-    if tables:
-        return _from_table(root, tables[0], names, caption_column, label_column)
-    if caption_column or label_column:
-        raise UserError(
-            f"{root}: a column was named, but there is no metadata table; "
-            f"expected one of {', '.join(TABLES)}."
-        )
-    return _from_files(root, names)
+    return names, tables[0] if tables else None
 
 
 def list_files(root: Path) -> list[str]:
@@ -194,43 +215,62 @@ def _from_table(
     layout = Layout(root, table, captioned=any(caption_column in row for row in rows))
     present = set(names)
     for number, row in enumerate(rows, start=1):
-        entry, fault = _read_row(root, row, (caption_column, label_column), present)
-        if entry is None:
-            place = f"{table.name}, row {number}"
-            kind = "caption without image" if "no such picture" in fault else "bad row"
-            layout.faults.append(Problem(place, kind, fault))
-        else:
+        try:
+            entry = _read_row(root, row, (caption_column, label_column), present)
             _add(layout, entry, f'column "{caption_column}" of {table.name}')
+        except ValueError as error:
+            layout.faults.append(row_fault(table, number, error))
     labels = [entry.label for entry in layout.entries]
     if all(isinstance(label, str) and label.isdecimal() for label in labels):  # CSV knows only text
         layout.entries = [replace(entry, label=int(entry.label or 0)) for entry in layout.entries]
     listed = {entry.name for entry in layout.entries}
-    layout.remarks += [
+    layout.remarks += unlisted(table, names, listed)
+    return layout
+
+
+def row_fault(table: Path, number: int, error: ValueError) -> Problem:
+    """What is wrong with row `number` = 1, 2, ... of a table, as `named_picture` and others say."""
+    kind = "caption without image" if "no such picture" in str(error) else "bad row"
+    return Problem(f"{table.name}, row {number}", kind, str(error))
+
+
+def unlisted(table: Path, names: Sequence[str], listed: Collection[str]) -> list[Problem]:
+    """The pictures of a folder that its table does not name."""
+    return [
         Problem(name, "unlisted image", f"is not listed in {table.name}, so it is not used")
         for name in names
         if _is_picture(name) and name not in listed
     ]
-    return layout
 
 
-def _read_row(
-    root: Path, row: Row, columns: tuple[str, str], present: set[str]
-) -> tuple[Entry | None, str]:
-    """The entry of a row, or None and what is wrong with it."""
-    name = row.get("file_name")
+def named_picture(root: Path, row: Row, column: str, present: Collection[str]) -> str:
+    """The picture that a column names; raises ValueError with the reason if there is none."""
+    name = row.get(column)
     if not isinstance(name, str) or not name:
-        return None, f'"file_name" must be a path below the folder, not {name!r}'
+        raise ValueError(f'"{column}" must be a path below the folder, not {name!r}')
     name = os.path.normpath(name).replace(os.sep, "/")
     if name not in present and not (root / name).is_file():
-        return None, f"names {name}, but there is no such picture"
-    texts = row.get(columns[0])
+        raise ValueError(f"names {name}, but there is no such picture")
+    return name
+
+
+def texts_of(row: Row, column: str, name: str) -> tuple[str, ...]:
+    """The captions in a column of the row of `name`; raises ValueError for anything but texts."""
+    texts = row.get(column)
     if isinstance(texts, str) or texts is None:
         texts = [texts or ""]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return None, f'"{columns[0]}" of {name} must be a text or a list of texts, not {texts!r}'
+        raise ValueError(f'"{column}" of {name} must be a text or a list of texts, not {texts!r}')
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def _read_row(root: Path, row: Row, columns: tuple[str, str], present: set[str]) -> Entry:
+    name = named_picture(root, row, "file_name", present)
+    captions = texts_of(row, columns[0], name)
     label = row.get(columns[1])
     if isinstance(label, bool) or not isinstance(label, str | int | None):
-        return None, f'"{columns[1]}" of {name} must be a whole number or a name, not {label!r}'
-    captions = tuple(text.strip() for text in texts if text.strip())
+        raise ValueError(
+            f'"{columns[1]}" of {name} must be a whole number or a name, not {label!r}'
+        )
     extras = {key: value for key, value in row.items() if key not in ("file_name", *columns)}
-    return Entry(root / name, name, captions, label, extras), ""
+    return Entry(root / name, name, captions, label, extras)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from diffkit.console import progress, warn
 from diffkit.data.images import BadImage, read_header
-from diffkit.data.records import ImageSource, Size
+from diffkit.data.records import ImageSource, Sample, Size
 from diffkit.errors import UserError
 
 __all__ = ["Scan", "require_captions", "scan", "threaded"]
@@ -68,13 +68,20 @@ def threaded(function: Callable[[int], T], count: int, label: str) -> Iterator[T
     return progress(results(), label, count)
 
 
-def require_captions(source: ImageSource) -> None:
-    """Raise `UserError` naming the first pictures without a caption, if there are any."""
+class _Samples(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+def require_captions(source: _Samples, noun: str = "picture") -> None:
+    """Raise `UserError` naming the first samples without a caption, if there are any."""
     bare = [source[index].name for index in range(len(source)) if not source[index].captions]
     if bare:
         named = ", ".join(bare[:_NAMED]) + (", ..." if len(bare) > _NAMED else "")
+        beside = ", or a NAME.txt beside every NAME.png" if noun == "picture" else ""
         raise UserError(
-            f"{len(bare)} of {len(source)} pictures have no caption: {named}. Training on text "
+            f"{len(bare)} of {len(source)} {noun}s have no caption: {named}. Training on text "
             'needs one for each: a column "text" in metadata.jsonl, metadata.csv or '
-            "metadata.parquet, or a NAME.txt beside every NAME.png."
+            f"metadata.parquet{beside}."
         )

@@ -180,6 +180,10 @@ class TrainConfig:
         """A second set of pictures that every batch has some of; None for none."""
         return None
 
+    def pairs(self) -> bool:
+        """Whether the data are preference pairs; a sample is then a pair."""
+        return False
+
     def result_name(self) -> str:
         """Name of the folder of the result in the output folder."""
         return "model" if self.lora_rank is None else "lora"
@@ -214,6 +218,8 @@ class TrainConfig:
             raise UserError("cache: nothing is cached; add --cache-latents or --cache-embeddings.")
         if self.changes_prompts():
             self._check_changing_prompts()
+        if self.pairs():
+            self._check_pairs()
         if self.cache_latents and self.crop == "random":
             raise UserError("cache_latents: needs the same crop at every visit; use --crop center.")
 
@@ -234,6 +240,18 @@ class TrainConfig:
             raise UserError(
                 "compile: prompts are encoded inside the training step here, which torch.compile "
                 "cannot take; leave it out."
+            )
+
+    def _check_pairs(self) -> None:
+        if self.streaming:
+            raise UserError(
+                "streaming: preference pairs are looked up by number, which no stream gives; leave "
+                "it out."
+            )
+        if self.image_column is not None:
+            raise UserError(
+                "image_column: a pair has two pictures, in the columns jpg_0 and jpg_1, image_0 "
+                "and image_1, or winner and loser; leave it out and name the columns so."
             )
 
     def _check_ranges(self) -> None:

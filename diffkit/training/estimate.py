@@ -12,6 +12,7 @@ from torch import nn
 from diffkit.data.folder import ImageFolder
 from diffkit.data.loader import TrainingData
 from diffkit.data.paired import PairedData
+from diffkit.data.preferences import PreferenceData
 from diffkit.data.stream import StreamedData
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Objective, reduce_loss
@@ -25,7 +26,7 @@ from diffkit.training.report import duration
 
 __all__ = ["dry_run", "state_bytes"]
 
-Data = TrainingData | StreamedData | PairedData
+Data = TrainingData | StreamedData | PairedData | PreferenceData
 
 _GIB = 1024**3
 
@@ -63,10 +64,10 @@ def dry_run(config: TrainConfig) -> int:
     return 0
 
 
-def _paired(config: TrainConfig, model: LatentDiffusion, data: TrainingData | StreamedData) -> Data:
+def _paired(config: TrainConfig, model: LatentDiffusion, data: Data) -> Data:
     """With the second set of the run; where that has to be made, the first one stands in for it."""
     wanted = config.companions()
-    if wanted is None or isinstance(data, StreamedData):
+    if wanted is None or not isinstance(data, TrainingData):
         return data
     source = data.source if wanted.folder is None else ImageFolder(wanted.folder)
     return PairedData(data, build_companions(config, model, source))
@@ -76,7 +77,11 @@ def _costs(config: TrainConfig, accelerator: Any, data: Data, objective: Objecti
     averaged = set(objective.averaged())
     lines = ["pictures: a stream of unknown length"]
     if not isinstance(data, StreamedData):
-        lines = [f"pictures: {len(data)} ({data.steps_per_epoch:.1f} steps an epoch)"]
+        noun = "pairs" if isinstance(data, PreferenceData) else "pictures"
+        lines = [f"{noun}: {len(data)} ({data.steps_per_epoch:.1f} steps an epoch)"]
+    if isinstance(data, PreferenceData):
+        ties, bare = data.source.ties, data.source.unlabelled
+        lines.append(f"left out of {data.source.rows} rows: {ties} ties, {bare} without a label")
     wanted = config.companions()
     if wanted is not None:
         made = f"{wanted.count} are made first" if wanted.folder is None else f"{wanted.folder}"

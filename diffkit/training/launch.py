@@ -15,6 +15,8 @@ from diffkit.data.hub import load_table, open_source
 from diffkit.data.labels import match_labels
 from diffkit.data.loader import TrainingData
 from diffkit.data.paired import PairedData
+from diffkit.data.preference_sources import open_pairs
+from diffkit.data.preferences import PreferenceData
 from diffkit.data.recaption import Recaptioned
 from diffkit.data.records import ImageSource
 from diffkit.data.scan import require_captions
@@ -47,7 +49,7 @@ __all__ = [
     "train",
 ]
 
-Data = TrainingData | StreamedData | PairedData
+Data = TrainingData | StreamedData | PairedData | PreferenceData
 
 LORA_NAME = "default"
 
@@ -182,9 +184,13 @@ def _lower(encoder: nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData | StreamedData:
+def build_data(
+    config: TrainConfig, model: LatentDiffusion
+) -> TrainingData | StreamedData | PreferenceData:
     """The batches of the run; raises `UserError` for data or a size that cannot be used."""
     options = _data_options(config, model)
+    if config.pairs():
+        return _build_pairs(config, model, options)
     columns: dict[str, Any] = {
         "image_column": config.image_column,
         "caption_column": config.caption_column,
@@ -207,6 +213,27 @@ def build_data(config: TrainConfig, model: LatentDiffusion) -> TrainingData | St
     elif labels is None and config.needs_captions():
         require_captions(source)
     return TrainingData(source, max_aspect=config.max_aspect, **options)
+
+
+def _build_pairs(
+    config: TrainConfig, model: LatentDiffusion, options: dict[str, Any]
+) -> PreferenceData:
+    classes = _check_labels(config, model)
+    if classes is not None and classes.count:
+        raise UserError(
+            f"model: {model.family.name} models are conditioned on classes, and preference pairs "
+            "have captions; give a text-to-image model."
+        )
+    source = open_pairs(config.data, split=config.split, caption_column=config.caption_column)
+    if classes is None and config.needs_captions():
+        require_captions(source, "pair")
+    left = source.ties + source.unlabelled
+    if left:
+        say(
+            f"{config.data}: {left} of {source.rows} rows are left out, {source.ties} ties and "
+            f"{source.unlabelled} without a label."
+        )
+    return PreferenceData(source, max_aspect=config.max_aspect, **options)
 
 
 def build_companions(

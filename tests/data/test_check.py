@@ -12,6 +12,7 @@ from diffkit.data.check import check
 from diffkit.data.folder import ImageFolder
 from diffkit.data.scan import scan
 from diffkit.errors import UserError
+from tests.data.pairs import pair_folder
 from tests.data.pictures import noise, picture_folder, write_jsonl
 
 
@@ -127,3 +128,53 @@ def test_reads_from_a_read_only_copy(tmp_path):
     check(tmp_path / "a")
     assert sorted(path.name for path in (tmp_path / "a").rglob("*")) == before
     shutil.rmtree(tmp_path / "a")
+
+
+def test_problems_of_preference_pairs(tmp_path):
+    for name in "abcde":
+        noise(40, 40, ord(name)).save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:-300])
+    (tmp_path / "d.png").write_bytes((tmp_path / "a.png").read_bytes())
+    rows = [
+        {"image_0": "a.png", "image_1": "b.png", "label_0": 1, "text": "x"},
+        {"image_0": "b.png", "image_1": "c.png", "label_0": 0},
+        {"image_0": "c.png", "image_1": "z.png", "label_0": 0, "text": "x"},
+        {"image_0": "a.png", "image_1": "c.png", "label_0": 3, "text": "x"},
+        {"image_0": "c.png", "image_1": "c.png", "label_0": 1, "text": "x"},
+        {"image_0": "a.png", "image_1": "d.png", "label_0": 0.5, "text": "x"},
+        {"image_0": "a.png", "image_1": "c.png", "label_0": None, "text": "x"},
+        {"image_0": "d.png", "image_1": "c.png", "label_0": 1, "text": "x"},
+    ]
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    report = check(tmp_path)
+    assert found(report) == {
+        ("b.png", "corrupt"),
+        ("metadata.jsonl, row 2", "pair without caption"),
+        ("metadata.jsonl, row 3", "caption without image"),
+        ("metadata.jsonl, row 4", "bad row"),
+        ("metadata.jsonl, row 5", "equal pictures"),
+        ("d.png", "duplicate"),
+        ("e.png", "unlisted image"),
+    }
+    assert report.counts == {
+        "images": 4,
+        "captions": 3,
+        "pairs": 4,
+        "ties": 1,
+        "unlabelled": 1,
+        "good": 2,
+    }
+    assert "4 images, 3 captions, 4 pairs, 1 ties, 1 rows without a label" in report.summary()
+
+
+def test_good_pairs_have_no_problems(tmp_path):
+    report = check(pair_folder(tmp_path, 5))
+    assert report.problems == () and report.counts["pairs"] == 5 and report.counts["good"] == 10
+
+
+def test_a_table_of_two_kinds_of_pairs_is_refused(tmp_path):
+    noise(40, 40).save(tmp_path / "a.png")
+    rows = [{"winner": "a.png", "loser": "a.png", "label_0": 1}]
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    with pytest.raises(UserError, match="has label_0 beside winner and loser"):
+        check(tmp_path)
