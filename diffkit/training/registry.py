@@ -16,6 +16,7 @@ from diffkit.training.personal import (
     build_textual_inversion,
 )
 from diffkit.training.pixel_space import PixelTraining, build_pixel
+from diffkit.training.preference import PreferenceTraining, build_preference
 
 __all__ = ["METHODS", "Method", "method_of"]
 
@@ -38,6 +39,7 @@ METHODS: dict[str, Method] = {
     "dreambooth": Method(DreamBoothTraining, build_dreambooth),
     "dreambooth_lora": Method(DreamBoothLoraTraining, build_dreambooth),
     "textual_inversion": Method(TextualInversionTraining, build_textual_inversion),
+    "preference": Method(PreferenceTraining, build_preference),
     "pixel": Method(PixelTraining, build_pixel),
 }
 
