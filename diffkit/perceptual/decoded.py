@@ -104,6 +104,7 @@ def decoded_error(
     crop: LatentCrop | None = None,
     checkpoint: Checkpoint = "resnet",
     lean: bool = False,
+    relative: bool = False,
 ) -> Tensor:
     """mean (D(z) - D(z + delta))^2 over channels and pixels: (B,), at least float32.
 
@@ -124,6 +125,8 @@ def decoded_error(
         checkpoint: what the backward pass recomputes; see `Codec.decode`.
         lean: take the gradient at once, one sample at a time, and keep nothing of the decoder: see
             `eager`. Same value and gradient.
+        relative: divide by the variance of D(z) over channels and pixels, for errors that are
+            compared between pictures of unlike contrast.
     """
     z = latents.detach().to(delta)
     if crop is not None:
@@ -133,6 +136,7 @@ def decoded_error(
         with torch.no_grad():
             target = decoder.decode(start)
         found = decoder.decode(start + change, checkpoint=checkpoint)
-        return (found - target).square().flatten(1).mean(1)
+        value = (found - target).square().flatten(1).mean(1)
+        return value / target.flatten(1).var(1).clamp_min(1e-12) if relative else value
 
     return eager(error, delta, z) if lean else error(delta, z)
