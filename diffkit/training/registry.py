@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from diffkit.objectives.base import Objective
 from diffkit.training.config import TrainConfig
 from diffkit.training.denoising import DenoisingTraining, build_denoising
+from diffkit.training.latent_perceptual import LatentPerceptualTraining, build_latent_perceptual
 from diffkit.training.personal import (
     DreamBoothLoraTraining,
     DreamBoothTraining,
@@ -39,6 +40,7 @@ METHODS: dict[str, Method] = {
     "dreambooth": Method(DreamBoothTraining, build_dreambooth),
     "dreambooth_lora": Method(DreamBoothLoraTraining, build_dreambooth),
     "textual_inversion": Method(TextualInversionTraining, build_textual_inversion),
+    "lpl": Method(LatentPerceptualTraining, build_latent_perceptual),
     "preference": Method(PreferenceTraining, build_preference),
     "pixel": Method(PixelTraining, build_pixel),
 }
