@@ -134,8 +134,7 @@ class PreferenceObjective(Objective):
 
     def watched(self) -> Sequence[str]:
         """Errors, margins and squares, as far as something follows from them."""
-        looks = "drift" in self._state.means and self._looks()
-        return (*self._state.watched(), *(("reference_error",) if looks else ()))
+        return self._state.watched()
 
     def stepped(self, phase: str, means: Mapping[str, Tensor]) -> None:
         """Let the averages of the weights and of the terms follow."""
@@ -187,7 +186,7 @@ class PreferenceObjective(Objective):
         reference = None
         if self.config.referenced:
             reference = self._ask_start(noisy, decode=self.config.pixel == "dpo")
-        elif self.config.drift_limit is not None and self._looks():
+        elif self.config.drift_limit is not None and self._step % _LOOK == 0:
             reference = self._ask_start(noisy.first(len(draws.losers)), decode=False)
         annotators = []
         for average in self._annotators.values():
@@ -217,10 +216,6 @@ class PreferenceObjective(Objective):
         eps, t = torch.cat([winners.eps] * 2), torch.cat([winners.t] * 2)
         z_t, target = schedule.add_noise(z0, eps, t), schedule.target(z0, eps, t)
         return Noisy(z_t, t, Conditioning.cat([cond, cond]), target, draws.crop)
-
-    def _looks(self) -> bool:
-        """Whether the start model is asked in this step."""
-        return self.config.referenced or self._step % _LOOK == 0
 
     def _ask_start(self, noisy: Noisy, decode: bool) -> Errors:
         with self._as_start():

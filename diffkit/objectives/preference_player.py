@@ -189,8 +189,8 @@ class PreferencePlayer(nn.Module):
         config, controls = self.config, material.controls
         winner, loser = _halves(latent)
         terms = {"winner_error": winner.detach(), "loser_error": loser.detach()}
-        if material.reference is not None:
-            terms |= _drift(winner.detach(), material.reference.latent[: len(winner)])
+        if config.referenced or config.drift_limit is not None:
+            terms |= _drift(winner.detach(), material.reference)
         if config.sdpo:
             loser = scale_gradient(loser, loser_scale(*_halves(residual)))
         s = preference_logit(winner, loser, self._reference(material))
@@ -213,8 +213,9 @@ class PreferencePlayer(nn.Module):
         return {"loss": loss, **terms}
 
     def _reference(self, material: PairMaterial) -> tuple[Tensor, Tensor] | None:
-        if not self.config.referenced or material.reference is None:
+        if not self.config.referenced:
             return None
+        assert material.reference is not None
         return _halves(material.reference.latent)
 
     def _loss(self, s: Tensor, controls: Controls, judgement: Judgement | None) -> Tensor:
@@ -262,7 +263,14 @@ def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
     return winner, loser
 
 
-def _drift(winner: Tensor, reference: Tensor) -> dict[str, Any]:
-    won = implicit_accuracy(reference - winner)
-    drift = (winner, reference)
-    return {"reference_error": reference, "winner_drift": drift, "win_rate": won}
+def _drift(winner: Tensor, start: Errors | None) -> dict[str, Any]:
+    """What is logged of the winners beside the start model; nulls where it was not asked."""
+    if start is None:
+        nothing = torch.zeros_like(winner)
+        return dict.fromkeys(("reference_error", "winner_drift", "win_rate"), (nothing, nothing))
+    reference, one = start.latent[: len(winner)], torch.ones_like(winner)
+    return {
+        "reference_error": (reference, one),
+        "winner_drift": (winner, reference),
+        "win_rate": (implicit_accuracy(reference - winner), one),
+    }

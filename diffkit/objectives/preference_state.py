@@ -105,39 +105,32 @@ class PreferenceState:
         if config.pixel == "dpo" and config.pixel_kappa is None:
             self._add("pixel_gain", 1.0, (2,))
         if config.drift_limit is not None:
-            self._add("drift", _DRIFT, (2,))
+            self._add("winner_drift", _DRIFT, (2,))
 
     def _add(self, name: str, decay: float, shape: tuple[int, ...] = ()) -> None:
         self.means[name] = RunningMean(decay, self._device, shape)
 
     def watched(self) -> tuple[str, ...]:
-        """Terms of which the means are taken, those against a reference aside."""
+        """Terms of which the means are taken."""
         names: list[str] = []
         if "squares" in self.means:
             names += [f"square_{name}" for name in ANNOTATORS]
         if "pixel_gain" in self.means:
             names += ["winner_error", "pixel_winner_error"]
-        if "drift" in self.means:
-            names += ["winner_error"]
-        names += [n for n in ("margin", "probability") if n in self.means]
-        names += [n for n in ("difference", "pixel_difference") if n in self.means]
-        return tuple(dict.fromkeys(names))
+        alike = ("margin", "probability", "difference", "pixel_difference", "winner_drift")
+        return (*names, *(name for name in alike if name in self.means))
 
     def update(self, step: int, terms: Mapping[str, Tensor]) -> None:
         """Take in the global means of step `step` = 0, 1, ..."""
-        pairs = {
-            "squares": tuple(f"square_{name}" for name in ANNOTATORS),
-            "pixel_gain": ("winner_error", "pixel_winner_error"),
-            "drift": ("winner_error", "reference_error"),
+        several = {
+            "squares": [f"square_{name}" for name in ANNOTATORS],
+            "pixel_gain": ["winner_error", "pixel_winner_error"],
         }
         for name, mean in self.means.items():
             if mean.decay == 1 and step >= CALIBRATION_STEPS:
                 continue
-            parts = pairs.get(name)
-            if parts is None:
-                mean.update(terms[name])
-            elif all(part in terms for part in parts):
-                mean.update(torch.stack([terms[part] for part in parts]))
+            parts = several.get(name)
+            mean.update(torch.stack([terms[x] for x in parts]) if parts else terms[name])
 
     def controls(self, step: int) -> Controls:
         """What step `step` goes by."""
@@ -178,10 +171,11 @@ class PreferenceState:
 
     def drift(self) -> float | None:
         """Running ratio of the winners' errors to the start model's; None if it is not kept."""
-        if "drift" not in self.means or not self.means["drift"].count:
+        if "winner_drift" not in self.means:
             return None
-        own, reference = self.means["drift"].value().tolist()
-        return float(own / max(reference, _LEAST))
+        # Steps without a look at the start model add two zeros, which leave the ratio as it is.
+        own, reference = self.means["winner_drift"].value().tolist()
+        return float(own / reference) if reference else None
 
     def tensors(self) -> dict[str, Tensor]:
         """All means, for a checkpoint."""
