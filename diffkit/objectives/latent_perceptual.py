@@ -55,6 +55,8 @@ DECAY = 0.99
 FROZEN_AFTER = 200
 INFLATED = 1.02
 """Ratio of predicted to true variance above which a run is warned about."""
+WATCHED = 100
+"""Steps after which the averages tell more than the luck of a few samples."""
 
 
 # -- mathematics --------------------------------------------------------------------------------
@@ -122,12 +124,12 @@ class ShareControl:
 
     def update(self, denoising: Tensor, perceptual: Tensor) -> None:
         """Take in the means of one step over the global batch, each ()."""
-        if self.share is None:
-            return
         averages = self.tensors["denoising"], self.tensors["perceptual"]
         for average, mean in zip(averages, (denoising, perceptual), strict=True):
             average.lerp_(mean.to(average), 1 - DECAY)
         self.tensors["steps"].add_(1)
+        if self.share is None:
+            return
         found = share_weight(*averages, self.share)
         moving = self.tensors["steps"] <= FROZEN_AFTER
         self.weight.copy_(torch.where(moving, found, self.weight))
@@ -292,13 +294,15 @@ class LatentPerceptualObjective(DenoisingObjective):
 
     def inspect(self) -> None:
         """Warn, once, of features whose variance the training inflates."""
+        if self._warned or self._control.tensors["steps"] < WATCHED:
+            return
         ratios = (self._variances[:, 0] / self._variances[:, 1]).tolist()
         high = {
             name: ratio
             for name, ratio in zip(self._perceptual.names, ratios, strict=True)
             if ratio > INFLATED
         }
-        if high and not self._warned:
+        if high:
             self._warned = True
             told = ", ".join(f"{name} {ratio:.3f}" for name, ratio in high.items())
             warn(
