@@ -6,53 +6,106 @@ Maps are (B, C, H, W); the arithmetic is as in `masked_distance`, strip by strip
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffkit.kernels.choice import fused
 from diffkit.kernels.masked_distance import arithmetic, piece_size
 
-__all__ = ["normed", "normed_slope"]
+__all__ = ["Normed", "normed", "normed_slope"]
 
 
-def normed(
-    predicted: Tensor, target: Tensor, keep: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked means of ((p - t) w)^2 with w = 1 / (|t|_channels + eps), in >= float32.
+class Normed(NamedTuple):
+    """Masked means of (p / n_p - t / n_t)^2, and what its gradient needs.
 
-    Returns:
-        The means (B, C), w (B, 1, H, W), and the kept entries (B, C), 1 where there are none.
+    Attributes:
+        rows: the means (B, C), 0 where nothing is kept.
+        kept: the kept entries (B, C); 1 where there are none.
+        norm_p: |p| over the channels (B, 1, H, W), n_p = |p| + eps; None where n_p = n_t.
+        norm_t: |t| likewise, n_t = |t| + eps.
     """
+
+    rows: Tensor
+    kept: Tensor
+    norm_p: Tensor | None
+    norm_t: Tensor
+
+
+def normed(predicted: Tensor, target: Tensor, keep: Tensor | None, eps: float, own: bool) -> Normed:
+    """`Normed`: each map by its own norms (LPIPS's form), or both by the target's."""
+    if fused(predicted):
+        from diffkit.kernels import channel_triton
+
+        return channel_triton.normed(predicted, target, keep, eps, own)
     b, c, h, w = predicted.shape
-    weight = torch.empty(b, 1, h, w, dtype=arithmetic(target), device=target.device)
-    total = weight.new_zeros(b, c)
+    norm_t = torch.empty(b, 1, h, w, dtype=arithmetic(target), device=target.device)
+    norm_p = torch.empty_like(norm_t) if own else None
+    total = norm_t.new_zeros(b, c)
     for rows in _strips(predicted):
-        p, t = (maps[:, :, rows].to(weight.dtype) for maps in (predicted, target))
-        part = (t.square().sum(1, keepdim=True).sqrt_() + eps).reciprocal_()
-        weight[:, :, rows] = part
-        change = (p - t).mul_(part)
-        if keep is not None:
-            change.masked_fill_(~keep[:, :, rows], 0)
-        total += change.square_().sum((2, 3))
+        p, t = (maps[:, :, rows].to(norm_t.dtype) for maps in (predicted, target))
+        norm_t[:, :, rows] = _norm(t)
+        if norm_p is None:
+            change = (p - t).div_(norm_t[:, :, rows] + eps)
+        else:
+            norm_p[:, :, rows] = _norm(p)
+            change = (p / (norm_p[:, :, rows] + eps)).sub_(t / (norm_t[:, :, rows] + eps))
+        total += _without(change, keep, rows).square_().sum((2, 3))
     if keep is None:
-        count = torch.full_like(total, h * w)
+        kept = torch.full_like(total, h * w)
     else:
-        count = keep.sum((2, 3), dtype=total.dtype).clamp_min_(1)
-    return total / count, weight, count
+        kept = keep.sum((2, 3), dtype=total.dtype).clamp_min_(1)
+    return Normed(total / kept, kept, norm_p, norm_t)
 
 
 def normed_slope(
-    predicted: Tensor, target: Tensor, keep: Tensor | None, weight: Tensor, scale: Tensor
+    predicted: Tensor,
+    target: Tensor,
+    keep: Tensor | None,
+    norms: tuple[Tensor | None, Tensor],
+    scale: Tensor,
+    eps: float,
 ) -> Tensor:
-    """m (p - t) w^2 scale in the prediction's dtype; `weight` w as from `normed`, scale (B, C)."""
+    """Gradient of sum(scale rows) for the prediction, in its dtype; 0 for pixels that are all zero.
+
+    With g = 2 m scale / kept (p / n_p - t / n_t) it is g / n_p, and where n_p is the prediction's
+    own norm also minus p (g . p) / (|p| n_p^2), the sum over the channels.
+
+    Arguments:
+        norms: `norm_p` and `norm_t` as from `normed`.
+        scale: 2 scale / kept, (B, C).
+    """
+    if fused(predicted):
+        from diffkit.kernels import channel_triton
+
+        return channel_triton.normed_slope(predicted, target, keep, norms, scale, eps)
+    norm_p, norm_t = norms
     result = torch.empty_like(predicted)
     for rows in _strips(predicted):
-        p, t = (maps[:, :, rows].to(weight.dtype) for maps in (predicted, target))
-        change = (p - t).mul_(weight[:, :, rows].square()).mul_(scale[:, :, None, None])
-        if keep is not None:
-            change.masked_fill_(~keep[:, :, rows], 0)
-        result[:, :, rows] = change
+        p, t = (maps[:, :, rows].to(norm_t.dtype) for maps in (predicted, target))
+        n_t = norm_t[:, :, rows] + eps
+        if norm_p is None:
+            slope = (p - t).mul_(scale[:, :, None, None]).div_(n_t.square())
+        else:
+            length = norm_p[:, :, rows]
+            n_p = length + eps
+            slope = (p / n_p).sub_(t / n_t).mul_(scale[:, :, None, None])
+            slope = _without(slope, keep, rows)
+            along = (slope * p).sum(1, keepdim=True)
+            slope.div_(n_p).addcmul_(p, -along / (length * n_p.square()))
+            slope.masked_fill_(length == 0, 0)
+        result[:, :, rows] = _without(slope, keep, rows) if norm_p is None else slope
     return result
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.square().sum(1, keepdim=True).sqrt_()
+
+
+def _without(x: Tensor, keep: Tensor | None, rows: slice) -> Tensor:
+    """x, a temporary, with zeros where the mask leaves something out."""
+    return x if keep is None else x.masked_fill_(~keep[:, :, rows], 0)
 
 
 def _strips(maps: Tensor) -> Iterator[slice]:

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from diffkit.kernels.choice import fused
+
 __all__ = ["Combination", "Moments", "Which", "arithmetic", "combine", "moments", "piece_size"]
 
 Which = Literal["prediction", "target", "both"]
@@ -25,7 +27,7 @@ class Moments(NamedTuple):
     With d = predicted - target:
 
     Attributes:
-        kept: number of kept entries, 1 where there are none. Such a row without any has 0 everywhere else.
+        kept: number of kept entries; 1 where there are none, and then all else is 0.
         square: mean of d^2.
         mean_p, var_p: of the prediction. 0 if only the target was asked for.
         mean_t, var_t: of the target. 0 if only the prediction was asked for.
@@ -65,6 +67,10 @@ def piece_size(device: torch.device) -> int:
 
 def moments(predicted: Tensor, target: Tensor, keep: Tensor | None, which: Which) -> Moments:
     """`Moments` of two maps (B, C, H, W) under a mask of the same shape, or of everything."""
+    if fused(predicted):
+        from diffkit.kernels import masked_triton
+
+        return masked_triton.moments(predicted, target, keep, which)
     dtype, shape = arithmetic(predicted), predicted.shape[:2]
     found = torch.zeros(8, *shape, dtype=dtype, device=predicted.device)
     for place, p, t, out in _pieces(predicted, target, keep):
@@ -90,6 +96,10 @@ def combine(
     predicted: Tensor, target: Tensor, keep: Tensor | None, coefficients: Combination
 ) -> Tensor:
     """The `Combination` of two maps, (B, C, H, W) in the prediction's dtype."""
+    if fused(predicted):
+        from diffkit.kernels import masked_triton
+
+        return masked_triton.combine(predicted, target, keep, coefficients)
     result = torch.empty_like(predicted)
     c = coefficients
     for (rows, channels), p, t, out in _pieces(predicted, target, keep):

@@ -173,13 +173,16 @@ class _ChannelNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
-        rows, weight, count = channel_distance.normed(predicted, target, keep, NORM_EPS)
-        ctx.save_for_backward(predicted, target, keep, weight, count)
-        return rows.mean(1)
+        found = channel_distance.normed(predicted, target, keep, NORM_EPS, own=False)
+        ctx.save_for_backward(predicted, target, keep, found.norm_t, found.kept)
+        return found.rows.mean(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        predicted, target, keep, weight, count = ctx.saved_tensors
-        scale = 2 * grad[:, None] / (predicted.shape[1] * count)
-        return channel_distance.normed_slope(predicted, target, keep, weight, scale), None, None
+        predicted, target, keep, norm_t, kept = ctx.saved_tensors
+        scale = 2 * grad[:, None] / (predicted.shape[1] * kept)
+        slope = channel_distance.normed_slope(
+            predicted, target, keep, (None, norm_t), scale, NORM_EPS
+        )
+        return slope, None, None

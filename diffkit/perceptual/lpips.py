@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from diffkit.errors import UserError
 from diffkit.models.named_weights import load_named_weights, optional_module
+from diffkit.perceptual.unit_distance import unit_distance
 
-__all__ = ["load_lpips", "lpips_name"]
+__all__ = ["Lpips", "load_lpips", "lpips_name"]
 
 _BACKBONES = {
     "alex": ("alexnet", "alexnet-owt-7be5be79.pth"),
@@ -50,7 +52,27 @@ def load_lpips(spec: str, device: torch.device) -> Any:
     except (KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{file}: are not weights of torchvision's {name} ({first}).") from error
-    return network.to(device).eval().requires_grad_(False)
+    return Lpips(network).to(device).eval().requires_grad_(False)
+
+
+class Lpips(nn.Module):
+    """The package's network with `unit_distance` in place of its last steps.
+
+    Equal to the package's own up to rounding; no copies of the features are kept, and gradients at
+    pixels without any feature are 0 instead of NaN.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, other: Tensor) -> Tensor:
+        """Two batches (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1)."""
+        package = self.network
+        pair = [package.net(package.scaling_layer(x)) for x in (images, other)]
+        layers = zip(*pair, package.lins, strict=True)
+        parts = [unit_distance(x, y, lin.model[-1].weight.flatten()) for x, y, lin in layers]
+        return torch.stack(parts).sum(0)[:, None, None, None]
 
 
 def lpips_name(spec: str) -> str:
