@@ -17,7 +17,7 @@ from diffkit.kernels.choice import fused
 
 __all__ = ["Combination", "Moments", "Which", "arithmetic", "combine", "moments", "piece_size"]
 
-Which = Literal["prediction", "target", "both"]
+Which = Literal["prediction", "target", "each", "joint"]
 Place = tuple[slice, slice]
 
 
@@ -31,7 +31,7 @@ class Moments(NamedTuple):
         square: mean of d^2.
         mean_p, var_p: of the prediction. 0 if only the target was asked for.
         mean_t, var_t: of the target. 0 if only the prediction was asked for.
-        var_d, cov_dt: of d, and of d and the target. 0 unless both were asked for.
+        var_d, cov_dt: of d, and of d and the target. 0 unless they were asked for ("joint").
     """
 
     kept: Tensor
@@ -83,7 +83,7 @@ def moments(predicted: Tensor, target: Tensor, keep: Tensor | None, which: Which
             numbers[3] = p.square_().sum(-1) / count
         if which != "prediction":
             numbers[4], t = _centred(t, out, count)
-        if which == "both":
+        if which == "joint":
             _, d = _centred(d, out, count)
             numbers[6] = d.square().sum(-1) / count
             numbers[7] = d.mul_(t).sum(-1) / count

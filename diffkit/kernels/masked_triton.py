@@ -38,6 +38,7 @@ def moments(predicted: Tensor, target: Tensor, keep: Tensor | None, which: Which
             MASKED=m is not None,
             OF_P=which != "target",
             OF_T=which != "prediction",
+            OF_D=which == "joint",
             TILE_C=tiles.channels,
             TILE_X=tiles.pixels,
             num_warps=tiles.warps,
@@ -174,6 +175,7 @@ def _moments(
     MASKED: tl.constexpr,
     OF_P: tl.constexpr,
     OF_T: tl.constexpr,
+    OF_D: tl.constexpr,
     TILE_C: tl.constexpr,
     TILE_X: tl.constexpr,
 ) -> None:
@@ -211,7 +213,7 @@ def _moments(
         if OF_T:
             sum_t += off_t
             square_t += off_t * off_t
-        if OF_P and OF_T:
+        if OF_D:
             off_d = tl.where(kept, d - (guess_p - guess_t), 0.0)
             sum_d += off_d
             square_d += off_d * off_d
@@ -226,7 +228,8 @@ def _moments(
     count = tl.maximum(count, 1.0)
     about_p = _store_spread(sums + 2 * step, sum_p, square_p, count, guess_p, inside)
     about_t = _store_spread(sums + 4 * step, sum_t, square_t, count, guess_t, inside)
-    about_d = _store_spread(sums + 6 * step, sum_d, square_d, count, guess_p - guess_t, inside)
+    guess_d = guess_p - guess_t if OF_D else tl.zeros((TILE_C, 1), tl.float32)
+    about_d = _store_spread(sums + 6 * step, sum_d, square_d, count, guess_d, inside)
     tl.store(sums + 3 * step, about_p, mask=inside)
     tl.store(sums + 5 * step, about_t, mask=inside)
     tl.store(sums + 7 * step, about_d, mask=inside)

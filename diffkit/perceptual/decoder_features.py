@@ -19,10 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffkit.kernels.masked_distance import moments
 from diffkit.models.codec import Codec
-from diffkit.models.eager import eager, eager_terms
-from diffkit.perceptual.feature_distance import VARIANCE_EPS, Norm, Stats, feature_distance
+from diffkit.models.eager import eager_terms
+from diffkit.perceptual.feature_distance import FeatureTerms, Norm, Stats, feature_terms
 from diffkit.perceptual.outliers import outlier_mask
 
 __all__ = ["FeatureLoss", "PerceptualTerms", "latent_perceptual_loss", "layer_weights"]
@@ -121,15 +120,12 @@ def _layer(
     """One layer: L_l and its numbers, each (B,)."""
     keep = outlier_mask(target, ratio) if loss.masked else None
 
-    def distance(p: Tensor, t: Tensor, m: Tensor | None) -> Tensor:
-        return feature_distance(p, t, m, norm=loss.norm, stats=loss.stats)
+    def terms(p: Tensor, t: Tensor, m: Tensor | None) -> FeatureTerms:
+        return feature_terms(p, t, m, norm=loss.norm, stats=loss.stats)
 
     if lean:
         # What is kept of the true features and the mask is the gradient; both end here.
-        value = eager(distance, predicted, target, keep)
+        found = FeatureTerms(*eager_terms(terms, predicted, target, keep))
     else:
-        value = distance(predicted, target, keep)
-    with torch.no_grad():
-        found = moments(predicted, target, keep, "both")
-        largest = (found.square / (found.var_p + VARIANCE_EPS)).amax(1)
-    return PerceptualTerms(value, found.var_p.sum(1), found.var_t.sum(1), largest)
+        found = terms(predicted, target, keep)
+    return PerceptualTerms(*found)

@@ -17,7 +17,7 @@ where the second term is the one through sd.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,14 @@ from diffkit.errors import UserError
 from diffkit.kernels import channel_distance, masked_distance
 from diffkit.kernels.masked_distance import Combination, Moments, Which
 
-__all__ = ["Norm", "Stats", "feature_distance", "reference_distance"]
+__all__ = [
+    "FeatureTerms",
+    "Norm",
+    "Stats",
+    "feature_distance",
+    "feature_terms",
+    "reference_distance",
+]
 
 Norm = Literal["spatial", "channel_norm_target"]
 Stats = Literal["prediction", "prediction_detached", "target", "own"]
@@ -39,7 +46,7 @@ _WHICH: dict[str, Which] = {
     "prediction": "prediction",
     "prediction_detached": "prediction",
     "target": "target",
-    "own": "both",
+    "own": "joint",
 }
 
 
@@ -69,10 +76,49 @@ def feature_distance(
     """
     _check(norm, stats)
     if norm == "spatial":
-        value: Tensor = _Spatial.apply(predicted, target.detach(), keep, stats)
+        value: Tensor = _Spatial.apply(predicted, target.detach(), keep, stats, _WHICH[stats])[0]
     else:
         value = _ChannelNorm.apply(predicted, target.detach(), keep)
     return value
+
+
+class FeatureTerms(NamedTuple):
+    """A layer's distance and what is worth watching of it, each (B,).
+
+    Attributes:
+        value: `feature_distance`, the only one with a gradient.
+        predicted_variance, target_variance: the sum over channels of the variance over kept pixels.
+        largest: the largest (mean squared difference) / (variance of the prediction + 1e-6) of a
+            channel: a nearly constant channel can outweigh all others.
+    """
+
+    value: Tensor
+    predicted_variance: Tensor
+    target_variance: Tensor
+    largest: Tensor
+
+
+def feature_terms(
+    predicted: Tensor,
+    target: Tensor,
+    keep: Tensor | None = None,
+    *,
+    norm: Norm = "spatial",
+    stats: Stats = "prediction",
+) -> FeatureTerms:
+    """`FeatureTerms` of one layer; see `feature_distance`. The maps are read once for all of them
+    where the norm is "spatial"."""
+    _check(norm, stats)
+    target = target.detach()
+    if norm == "spatial":
+        which: Which = "joint" if stats == "own" else "each"
+        value, *numbers = _Spatial.apply(predicted, target, keep, stats, which)
+        found = Moments(*numbers)
+    else:
+        value = _ChannelNorm.apply(predicted, target, keep)
+        found = masked_distance.moments(predicted.detach(), target, keep, "each")
+    largest = (found.square / (found.var_p + VARIANCE_EPS)).amax(1)
+    return FeatureTerms(value, found.var_p.sum(1), found.var_t.sum(1), largest)
 
 
 def reference_distance(
@@ -121,25 +167,31 @@ def _check(norm: str, stats: str) -> None:
 
 
 class _Spatial(torch.autograd.Function):
-    """(B,) from two maps; saves them, the mask and `Combination`'s numbers."""
+    """(B,) and the `Moments` from two maps; saves them, the mask and `Combination`'s numbers."""
 
     @staticmethod
     def forward(
-        ctx: Any, predicted: Tensor, target: Tensor, keep: Tensor | None, stats: Stats
-    ) -> Tensor:
-        found = masked_distance.moments(predicted, target, keep, _WHICH[stats])
+        ctx: Any,
+        predicted: Tensor,
+        target: Tensor,
+        keep: Tensor | None,
+        stats: Stats,
+        which: Which,
+    ) -> tuple[Tensor, ...]:
+        found = masked_distance.moments(predicted, target, keep, which)
         rows, slope = (_own_values if stats == "own" else _shared_values)(found, stats)
         ctx.save_for_backward(predicted, target, keep, *slope)
-        return rows.mean(1)
+        ctx.mark_non_differentiable(*found)
+        return rows.mean(1), *found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         predicted, target, keep, *numbers = ctx.saved_tensors
         scale = grad[:, None] / predicted.shape[1]
         weights, means = (scale * number for number in numbers[:3]), numbers[3:]
         slope = Combination(*weights, *means)
-        return masked_distance.combine(predicted, target, keep, slope), None, None, None
+        return masked_distance.combine(predicted, target, keep, slope), *(None,) * 4
 
 
 def _shared_values(found: Moments, stats: Stats) -> tuple[Tensor, Combination]:

@@ -160,8 +160,8 @@ def compile_all() -> dict[str, bool]:
 
     columns = {"TILE_C": 8, "TILE_X": 256}
     cases = [
-        (masked_triton._moments, {"MASKED": True, "OF_P": True, "OF_T": False}),
-        (masked_triton._moments, {"MASKED": False, "OF_P": True, "OF_T": True}),
+        (masked_triton._moments, {"MASKED": True, "OF_P": True, "OF_T": False, "OF_D": False}),
+        (masked_triton._moments, {"MASKED": False, "OF_P": True, "OF_T": True, "OF_D": True}),
         (masked_triton._combine, {"MASKED": True}),
         (channel_triton._normed, {"MASKED": True, "OWN": False, "norm_p": None} | columns),
         (channel_triton._normed, {"MASKED": False, "OWN": True} | columns),

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from diffkit.errors import UserError
 from diffkit.kernels import channel_distance, masked_distance
-from diffkit.perceptual.feature_distance import feature_distance, reference_distance
+from diffkit.perceptual.feature_distance import (
+    feature_distance,
+    feature_terms,
+    reference_distance,
+)
 
 SETTINGS = [
     *({"stats": stats} for stats in ("prediction", "prediction_detached", "target", "own")),
@@ -183,6 +187,32 @@ def test_only_maps_and_small_numbers_wait_for_the_backward_pass() -> None:
         assert sum(x.numel() * x.element_size() for x in others) <= extra
 
 
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(setting.values()))
+def test_the_terms_are_the_distance_and_its_statistics(setting) -> None:
+    predicted, target, keep = maps((2, 3, 8, 8))
+    leaf = predicted.clone().requires_grad_()
+    terms = feature_terms(leaf, target, keep, **setting)
+    (grad,) = torch.autograd.grad(terms.value.sum(), leaf)
+    plain = predicted.clone().requires_grad_()
+    value = feature_distance(plain, target, keep, **setting)
+    (expected,) = torch.autograd.grad(value.sum(), plain)
+    torch.testing.assert_close((terms.value, grad), (value, expected), rtol=1e-12, atol=1e-15)
+    assert not any(term.requires_grad for term in terms[1:])
+    kept = [[x[b, c][keep[b, c]] for c in range(3)] for x in (predicted, target) for b in range(2)]
+    spread = [[row.var(correction=0) if len(row) else 0.0 for row in rows] for rows in kept]
+    variances = torch.tensor(spread, dtype=torch.float64).sum(1)
+    torch.testing.assert_close(terms.predicted_variance, variances[:2])
+    torch.testing.assert_close(terms.target_variance, variances[2:])
+    errors = [
+        max(
+            float((p - t).square().mean() / (p.var(correction=0) + 1e-6)) if len(p) else 0.0
+            for p, t in zip(kept[b], kept[2 + b])
+        )
+        for b in range(2)
+    ]
+    assert terms.largest.tolist() == pytest.approx(errors)
+
+
 def test_no_gradient_reaches_the_target() -> None:
     predicted, target, _ = maps()
     target.requires_grad_()
@@ -204,11 +234,11 @@ def test_wrong_words_are_refused() -> None:
 
 def test_every_piece_size_gives_the_same() -> None:
     predicted, target, keep = maps((2, 5, 9, 4))
-    expected = masked_distance.moments(predicted, target, keep, "both")
+    expected = masked_distance.moments(predicted, target, keep, "joint")
     pieces = []
     for b, c in product(range(2), range(5)):
         one = [x[b : b + 1, c : c + 1] for x in (predicted, target, keep)]
-        pieces.append(masked_distance.moments(*one, "both"))
+        pieces.append(masked_distance.moments(*one, "joint"))
     joined = [torch.cat([getattr(p, n) for p in pieces]) for n in expected._fields]
     for name, values in zip(expected._fields, joined, strict=True):
         torch.testing.assert_close(getattr(expected, name), values.view(2, 5))
