@@ -62,7 +62,7 @@ def arithmetic(maps: Tensor) -> torch.dtype:
 
 def piece_size(device: torch.device) -> int:
     """Entries to work on at once: what stays in a CPU's cache, or what fills a GPU."""
-    return 1 << 18 if device.type == "cpu" else 1 << 24
+    return 1 << 18 if device.type == "cpu" else 1 << 22
 
 
 def moments(predicted: Tensor, target: Tensor, keep: Tensor | None, which: Which) -> Moments:

@@ -216,13 +216,16 @@ class Live(TorchDispatchMode):
     Attributes:
         live: numbers held now.
         peak: the most that were held at once.
+        peak_bytes: the most bytes that were held at once.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
-        self._seen: dict[int, int] = {}
+        self.peak_bytes = 0
+        self._bytes = 0
+        self._seen: dict[int, tuple[int, int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -243,14 +246,19 @@ class Live(TorchDispatchMode):
         key = storage._cdata
         if key in self._seen:
             return
-        size = storage.nbytes() // item.element_size() if inside else 0
-        self._seen[key] = size
+        held = storage.nbytes() if inside else 0
+        size = held // item.element_size()
+        self._seen[key] = size, held
         self.live += size
+        self._bytes += held
         self.peak = max(self.peak, self.live)
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self.live -= self._seen.pop(key)
+        size, held = self._seen.pop(key)
+        self.live -= size
+        self._bytes -= held
 
 
 class Saved:
