@@ -101,7 +101,7 @@ def assert_same(first, second):
 def assert_close(one, other):
     """All that is logged and all that the objective keeps agree to 1e-4.
 
-    Of weights, the whole does: Adam makes a step of full size of a gradient that is next to nothing.
+    Of weights, the whole does: Adam makes a whole step of a gradient that is next to nothing.
     """
     first, second = rows(one), rows(other)
     assert len(first) == len(second) == 6
@@ -155,7 +155,7 @@ def test_two_processes_equal_one(case, words, tmp_path):
 
 def start(words):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "diffkit", "train", *words]
+    command = [sys.executable, f"scripts/train_{words[0]}.py", *words[1:]]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -163,6 +163,7 @@ def start(words):
 @pytest.mark.parametrize("case", FAST)
 def test_killed_and_resumed_is_uninterrupted(case, words, tmp_path):
     flags = ("--max-steps", 24, "--checkpoint-every", 5, "--log-every", 1)
+    flags += ("--learning-rate", "1e-4")
     assert main(["train", *words(case, "whole", *flags)]) == 0
     metrics = tmp_path / "killed" / "metrics.jsonl"
     for moment in (8, 17):
