@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,13 +11,23 @@ from gates import generate, read_pairs, read_pictures, score
 from torch import Tensor
 
 from diffkit.evaluation.kernel_distance import kernel_distance_weighted
+from diffkit.models.conditioner import Conditioning
 from diffkit.models.denoiser import Denoiser
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.denoising import denoising_loss
 from diffkit.randomness import normal, uniform
 
-__all__ = ["BINS", "features_of", "loss_by_time", "picture_scores"]
+__all__ = [
+    "BATCH",
+    "BINS",
+    "HeldOut",
+    "features_of",
+    "generate",
+    "held_out_draws",
+    "loss_by_time",
+    "picture_scores",
+]
 
 BINS = 10
 """Equal parts of the training times in which the loss is measured."""
@@ -52,17 +64,34 @@ def features_of(network: FeatureNetwork, images: Tensor) -> Tensor:
     return torch.cat([network.features(part) for part in images.split(BATCH)])
 
 
-@torch.no_grad()
-def loss_by_time(model: LatentDiffusion, data: Path, limit: int) -> list[float]:
-    """The unweighted loss of the network's own target in `BINS` equal parts of the training times.
+@dataclass(frozen=True)
+class HeldOut:
+    """Pictures at one part of the training times, with noise and time that no training uses.
 
-    Over the first `limit` pictures of `data` in the order of a stride that spans it, each once in
-    every part, with noise and time at addresses that no training uses.
+    Attributes:
+        part: 0 .. `BINS` - 1.
+        z0, eps: (n, C, h, w).
+        t: (n,).
+        cond: of the pictures' first captions.
+    """
+
+    part: int
+    z0: Tensor
+    eps: Tensor
+    t: Tensor
+    cond: Conditioning
+
+
+@torch.no_grad()
+def held_out_draws(model: LatentDiffusion, data: Path, limit: int) -> Iterator[HeldOut]:
+    """The first `limit` pictures of `data` in the order of a stride that spans it.
+
+    Each comes once in every one of `BINS` equal parts of the training times; addresses do not
+    depend on the model.
     """
     images, rows = read_pictures(data)
     chosen = torch.arange(min(limit, len(images))) * max(1, len(images) // limit)
     size = images.shape[-1]
-    sums = torch.zeros(BINS)
     for part in chosen.split(BATCH):
         captions = [rows[i]["text"][0] for i in part.tolist()]
         cond = model.conditioner.encode(captions, (size, size))
@@ -71,12 +100,20 @@ def loss_by_time(model: LatentDiffusion, data: Path, limit: int) -> list[float]:
             address = ("held-out draw", int(part[0]), k)
             eps = normal(z0.shape, *address, "noise")
             u = (uniform((len(part),), *address, "time") + k) / BINS
-            t = model.schedule.train_timesteps(u, "uniform")
-            sums[k] += _loss(model.denoiser, z0, eps, t, cond).sum()
-    return (sums / len(chosen)).tolist()
+            yield HeldOut(k, z0, eps, model.schedule.train_timesteps(u, "uniform"), cond)
 
 
-def _loss(denoiser: Denoiser, z0: Tensor, eps: Tensor, t: Tensor, cond: object) -> Tensor:
+@torch.no_grad()
+def loss_by_time(model: LatentDiffusion, data: Path, limit: int) -> list[float]:
+    """The mean unweighted loss of the network's own target over `held_out_draws`, part by part."""
+    sums, counts = torch.zeros(BINS), torch.zeros(BINS)
+    for draw in held_out_draws(model, data, limit):
+        sums[draw.part] += _loss(model.denoiser, draw).sum()
+        counts[draw.part] += len(draw.t)
+    return (sums / counts).tolist()
+
+
+def _loss(denoiser: Denoiser, draw: HeldOut) -> Tensor:
     schedule = denoiser.schedule
-    output = denoiser(schedule.add_noise(z0, eps, t), t, cond)
-    return denoising_loss(output, schedule.target(z0, eps, t))
+    output = denoiser(schedule.add_noise(draw.z0, draw.eps, draw.t), draw.t, draw.cond)
+    return denoising_loss(output, schedule.target(draw.z0, draw.eps, draw.t))
