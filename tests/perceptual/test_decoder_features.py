@@ -194,7 +194,7 @@ def stable_diffusion() -> Codec:
 
 
 @pytest.mark.parametrize(
-    "blocks", [0, 2, 4, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 3))]
+    "blocks", [0, 4, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2, 3))]
 )
 def test_memory_at_512_pixels(blocks: int, record_property: pytest.RecordProperty) -> None:
     """Beside the decoder's own graph the loss keeps the maps of both and the masks, as they are.
@@ -214,9 +214,9 @@ def test_memory_at_512_pixels(blocks: int, record_property: pytest.RecordPropert
         value = latent_perceptual_loss(codec, predicted, true, loss, lean=True).value
     assert value.grad_fn is not None
     kept = sum(t.numel() * t.element_size() for t in value.grad_fn.saved_tensors)  # type: ignore[attr-defined]
-    record_property("kept_mib", f"plain {plain.bytes / MIB:.0f}, lean {kept / MIB:.2f}")
-    record_property("numbers_at_once", str(live.peak))
+    working = live.peak_bytes
+    told = [f"{size / MIB:.4g}" for size in (plain.bytes, kept, working)]
+    record_property("mib", "plain {}, lean {}, lean while it works {}".format(*told))
     assert kept == 4 * 64 * 64 * 4 < CHECKPOINTED[blocks] * MIB
     if blocks == 4:
-        # Of 2 bytes each, but for masks and small pieces in float32.
-        assert 2 * live.peak / MIB < 0.5 * plain.bytes / MIB
+        assert working < 0.42 * plain.bytes
