@@ -139,9 +139,9 @@ class PixelConfig:
     64 or more, else all of them."""
     every: int = 1
     """Decode at each step of so many, with as many times the weight."""
-    memory: Literal["plain", "low"] = "low"
-    """low decodes one sample at a time, forwards and backwards, and keeps nothing of it beside the
-    denoiser's activations; plain decodes the whole batch, faster."""
+    memory: Literal["plain", "low"] = "plain"
+    """low: decode one sample at a time, forwards and backwards at once, and keep nothing of the
+    decoder beside the denoiser's activations; slower, with the same losses."""
 
     def check(self) -> None:
         """Raise `UserError` for impossible values, and for those that would do nothing."""

@@ -127,8 +127,7 @@ def train(cell: Cell, data: Path) -> Path:
     config = plain(cell, cell.work / "run", data, start)
     config.learning_rate = settings["learning_rate"]
     if settings["pixel"] is not None:
-        pixel = PixelConfig(memory="plain", **settings["pixel"])
-        config = PixelTraining(**vars(config), pixel=pixel)
+        config = PixelTraining(**vars(config), pixel=PixelConfig(**settings["pixel"]))
     return train_stages(config, [settings["steps"]])[0]
 
 

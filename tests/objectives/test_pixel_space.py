@@ -389,3 +389,19 @@ def test_the_decoder_is_no_part_of_the_player(tiny_sd: Path) -> None:
     objective = objective_of(tiny_sd, **FIXED)
     vae: nn.Module = objective.model.networks["vae"]
     assert not {id(m) for m in vae.modules()} & {id(m) for m in player_of(objective).modules()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "pixart-sigma", "dit", "latent-class", "sdxl-edm"])
+def test_every_family_learns_from_pixels(name: str, tiny_folder: Any) -> None:
+    """Transformers, classes instead of text, latents of a VQModel, EDM: all by the one delta."""
+    objective = objective_of(tiny_folder(name), latent_weight=0.0, **FIXED)
+    conditioner, size = objective.model.conditioner, objective.model.default_size
+    labels = None if conditioner.classes is None else torch.tensor([0, 1, 0, 1])
+    objective.place(torch.device("cpu"))
+    batch = make_batch(size=size, labels=labels)
+    terms = terms_of(objective, batch)
+    assert (terms["pixel_loss"] > 0).all() and bool(terms["pixel_loss"].isfinite().all())
+    terms["loss"].mean().backward()
+    moved = [p.grad is not None and bool(p.grad.any()) for p in player_of(objective).parameters()]
+    assert any(moved)

@@ -40,7 +40,7 @@ def test_the_result_is_a_plain_model_and_the_run_resumes(
 ) -> None:
     """Broken off in the middle of the calibration too: lambda goes on from its sums."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    crop = ("--pixel.crop-latent", 8)
+    crop = ("--pixel.crop-latent", 8, "--pixel.memory", "low")
     assert pixel(*crop, model=model, output=whole) == 0
     for steps in (2, 6):
         assert pixel(*crop, "--max-steps", steps, model=model, output=parts) == 0
