@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 __all__ = ["Ema", "ema_decay", "snapshot", "weights_exchanged"]
 
@@ -22,6 +23,9 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _exchange(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # what a pass gathered would go on with the other weights
     parameters = dict(module.named_parameters())
     for name, weight in weights.items():
         parameter = parameters[name]

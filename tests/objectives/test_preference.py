@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffkit.data.preferences import PreferenceBatch
 from diffkit.errors import RunFailed, UserError
@@ -352,6 +353,21 @@ def first(batch):
     """Its first sample alone."""
     half = rows(batch, slice(1))
     return replace(half, extras=half.extras[:1], names=half.names[:1])
+
+
+def test_annotators_cost_half_as_much_again(tiny_sd):
+    """Of a network pass each: DPO one without gradient and one with, 1 + 3; two annotators more."""
+    winners = make_batch(2)
+    moments = winners.keys.normal((8, 16, 16), "moments")
+    found = {}
+    for loss in ("dpo", "adaptive_dpo"):
+        objective = made(tiny_sd, loss=loss)
+        cond = objective.model.conditioner.encode(winners.captions)
+        cached = replace(winners, images=None, moments=moments, conditioning=cond)
+        with FlopCounterMode(display=False) as counter:
+            terms(objective, PreferenceBatch(cached, cached))["loss"].mean().backward()
+        found[loss] = counter.get_total_flops()
+    assert found["adaptive_dpo"] / found["dpo"] == pytest.approx(1.5, abs=0.02)
 
 
 # -- decoded pictures ---------------------------------------------------------------------------
