@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DDIMScheduler
 from runner.experiment import Cell, Experiment, Results, digest
-from runner.inputs import ASSETS, asset_digests, pictures, read_pairs
+from runner.inputs import ASSETS, asset_digests, pictures
 from runner.main import main
 from runner.report import MORE, Measure, contrast_table
-from runner.scores import BATCH, BINS, generate, held_out_draws
+from runner.scores import BATCH, BINS, generate, held_out_draws, read_pairs
 from runner.stages import train_stages
 from runner.work import claim
 from torch import Tensor, nn

@@ -178,6 +178,16 @@ def test_a_crop_decodes_the_same_window_of_both() -> None:
         assert torch.allclose(found[i], alone[0], atol=1e-6)
 
 
+def test_a_relative_error_does_not_know_contrast() -> None:
+    """A linear decoder: latents and error twice as large have the same share of the variance."""
+    z, error = (normal((2, 12, 4, 4), 4, name).double() for name in ("z", "error"))
+    decoder = Orthonormal()
+    found = decoded_error(decoder, z, error, relative=True)
+    variance = decoder.decode(z).flatten(1).var(1)
+    assert torch.allclose(found, decoded_error(decoder, z, error) / variance)
+    assert torch.allclose(found, decoded_error(decoder, 2 * z, 2 * error, relative=True))
+
+
 def test_crops_are_drawn_by_address() -> None:
     """Inside the latents, all places alike, and the same for any split of the batch."""
     keys = SampleKeys(0, (0,) * 400, tuple(range(400)))

@@ -27,6 +27,7 @@ __all__ = [
     "held_out_draws",
     "loss_by_time",
     "picture_scores",
+    "read_pairs",
 ]
 
 BINS = 10
