@@ -293,8 +293,15 @@ class LatentPerceptualObjective(DenoisingObjective):
         return {"lpl": {**self._control.tensors, "variances": self._variances}}
 
     def inspect(self) -> None:
-        """Warn, once, of features whose variance the training inflates."""
+        """Warn, once, of a gate that never opens and of features whose variance is inflated."""
         if self._warned or self._control.tensors["steps"] < WATCHED:
+            return
+        if self._control.tensors["perceptual"] == 0:
+            self._warned = True
+            warn(
+                f"lpl: no sample was inside the gate in {WATCHED} steps or more; lower "
+                "--lpl.threshold, or train more at clean times."
+            )
             return
         ratios = (self._variances[:, 0] / self._variances[:, 1]).tolist()
         high = {

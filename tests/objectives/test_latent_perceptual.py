@@ -293,6 +293,7 @@ def test_it_warns_once_of_inflated_features(
     tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     method = objective(tiny_folder("sd-v"))
+    capsys.readouterr()  # of the model's making, if it was made here
     names = [name for name in method.watched() if "variance" in name]
 
     def step(ratio: float) -> None:
@@ -310,6 +311,19 @@ def test_it_warns_once_of_inflated_features(
         step(1.05)
     told = capsys.readouterr().err
     assert told.count("warning") == 1 and "up_1 1.02" in told and "mid" not in told
+
+
+def test_it_warns_of_a_gate_that_never_opens(
+    tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = objective(tiny_folder("sd-v"), weight=3.0)
+    capsys.readouterr()  # of the model's making, if it was made here
+    means = dict.fromkeys(method.watched(), torch.zeros(2)) | {"lpl": torch.tensor(0.0)}
+    means["denoising_loss"] = torch.tensor(0.3)
+    for _ in range(102):
+        method.inspect()
+        method.stepped("lpl", means)
+    assert capsys.readouterr().err.count("no sample was inside the gate") == 1
 
 
 def test_state_is_what_a_resumed_run_needs(tiny_folder: Callable[[str], Path]) -> None:
