@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from bench import paired, synthetic
+from gpu_objectives import kernels, lpl_beside_script, objectives
 from gpu_protection import protection
 
 from diffkit import cli
@@ -249,6 +250,9 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "statistics": statistics_of_sets,
     "evaluate": evaluate,
     "protection": protection,
+    "kernels": kernels,
+    "objectives": objectives,
+    "lpl_script": lpl_beside_script,
 }
 
 

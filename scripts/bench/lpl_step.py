@@ -21,7 +21,7 @@ from diffkit.models.codec import Codec
 from diffkit.models.cost import Live, saved_for_backward
 from diffkit.perceptual.decoder_features import FeatureLoss, latent_perceptual_loss
 
-__all__ = ["ARMS", "Arms", "PLAIN", "SCRIPT", "counted", "speed"]
+__all__ = ["ARMS", "Arms", "LOW", "PLAIN", "SCRIPT", "counted", "peak", "speed"]
 
 SCRIPT = "diffusers' script"
 PLAIN, LOW = "LPL", "LPL, low memory"
