@@ -8,12 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffkit.data.preferences import PreferenceBatch
 from diffkit.errors import RunFailed, UserError
+from diffkit.models.families import family_of
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.lora import add_lora
+from diffkit.models.lora_layers import plain_modules
 from diffkit.objectives.adaptive_dpo import AdaptiveConfig
 from diffkit.objectives.denoising import DenoisingConfig, denoising_loss
 from diffkit.objectives.preference import PreferenceConfig, PreferenceObjective
@@ -109,7 +112,7 @@ def alpha_at_start():
 
 
 @pytest.mark.parametrize(
-    "name", ["sd-v", "sd3", *(pytest.param(n, marks=SLOW) for n in ("sd", "sdxl", "flux"))]
+    "name", ["sd-v", *(pytest.param(n, marks=SLOW) for n in ("sd", "sdxl", "sd3", "flux"))]
 )
 def test_a_pair_is_two_plain_denoising_losses(name, tiny_folder):
     """Same noise, time and prompt; e is the error of the model's own target; both halves at once
@@ -291,10 +294,10 @@ def test_the_run_stops_when_winners_drift(tiny_sd):
     objective.inspect()
     step(objective, pairs(), 0)
     objective.inspect()
-    nudge(objective, 0.2)
-    for number in range(1, 12):
+    nudge(objective, 0.3)
+    for number in range(1, 4):
         step(objective, pairs(), number)
-    with pytest.raises(RunFailed, match=r"step 12: the error of the winners has grown to"):
+    with pytest.raises(RunFailed, match=r"step 4: the error of the winners has grown to"):
         objective.inspect()
 
 
@@ -368,6 +371,20 @@ def test_annotators_cost_half_as_much_again(tiny_sd):
             terms(objective, PreferenceBatch(cached, cached))["loss"].mean().backward()
         found[loss] = counter.get_total_flops()
     assert found["adaptive_dpo"] / found["dpo"] == pytest.approx(1.5, abs=0.02)
+
+
+def test_the_published_lora_of_stable_diffusion():
+    """Rank 8 on the family's own layers: what the published scripts train."""
+    with torch.device("meta"):
+        network = UNet2DConditionModel(cross_attention_dim=768)
+    targets = family_of("StableDiffusionPipeline").lora_targets
+    layers = [
+        layer
+        for path, layer in plain_modules(network).items()
+        if any(path.endswith(f".{target}") for target in targets)
+    ]
+    assert 2 * len(layers) == 256
+    assert sum(8 * (layer.in_features + layer.out_features) for layer in layers) == 1_594_368
 
 
 # -- decoded pictures ---------------------------------------------------------------------------

@@ -39,9 +39,19 @@ def flags(pairs, tmp_path, tiny_folder):
     return words
 
 
+def check_rows(found):
+    """What a run of three steps logs."""
+    assert found[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert (found[0]["accuracy"], found[0]["win_rate"], found[0]["winner_drift"]) == (0.5, 0.5, 1.0)
+    assert [row["weight"] for row in found[:2]] == [1.0, 1.0] and found[2]["weight"] < 1
+    names = {"margin", "winner_error", "loser_error", "reference_error", "minority"}
+    assert names <= found[2].keys() and len(found[2]["loss_by_time"]) == 10
+
+
 def test_a_model_in_plain_diffusers(flags, tmp_path, tiny_sd):
     """Only the denoiser has changed; the annotators' and the reference's weights are not in it."""
     assert main(["train", "preference", *flags(*ADAPTIVE)]) == 0
+    check_rows(rows(tmp_path / "out"))
     result = tmp_path / "out" / "model"
     stock = StableDiffusionPipeline.from_pretrained(result, safety_checker=None)
     ours = LatentDiffusion.load(result).pipeline()
@@ -79,16 +89,7 @@ def test_a_lora_in_plain_diffusers(name, pipeline, loss, flags, tmp_path, tiny_f
     assert not torch.equal(before, after)
 
 
-def test_what_is_logged(flags, tmp_path):
-    assert main(["train", "preference", *flags(*ADAPTIVE)]) == 0
-    found = rows(tmp_path / "out")
-    assert found[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
-    assert (found[0]["accuracy"], found[0]["win_rate"], found[0]["winner_drift"]) == (0.5, 0.5, 1.0)
-    assert [row["weight"] for row in found[:2]] == [1.0, 1.0] and found[2]["weight"] < 1
-    names = {"margin", "winner_error", "loser_error", "reference_error", "minority"}
-    assert names <= found[2].keys() and len(found[2]["loss_by_time"]) == 10
-
-
+@SLOW
 def test_a_run_that_drifts_stops(flags, tmp_path, capsys):
     words = flags("--learning-rate", 3, "--max-steps", 8, "--log-every", 1, "--max-grad-norm", 9)
     assert main(["train", "preference", *words]) == 1
