@@ -8,7 +8,7 @@ from typing import Literal
 from diffkit.errors import UserError
 from diffkit.objectives.denoising import DenoisingConfig
 
-__all__ = ["PreferenceConfig"]
+__all__ = ["PreferenceConfig", "check_draws"]
 
 Loss = Literal[
     "dpo",
