@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gates import name_of, read_pairs, read_pictures
 from untrained import assemble
 
 from diffkit.errors import RunFailed
@@ -14,7 +15,16 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from runner import ROOT
 from runner.work import claim
 
-__all__ = ["ASSETS", "FEATURES", "asset_digests", "pictures", "untrained_model"]
+__all__ = [
+    "ASSETS",
+    "FEATURES",
+    "asset_digests",
+    "name_of",
+    "pictures",
+    "read_pairs",
+    "read_pictures",
+    "untrained_model",
+]
 
 ASSETS = ROOT / "assets"
 FEATURES = ASSETS / "features"
