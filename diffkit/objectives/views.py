@@ -26,6 +26,8 @@ def _exchange(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # what a pass gathered would go on with the other weights
+    # So would the low-precision copies that autocast keeps of float32 weights.
+    torch.clear_autocast_cache()
     parameters = dict(module.named_parameters())
     for name, weight in weights.items():
         parameter = parameters[name]
@@ -39,6 +41,7 @@ def weights_exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Itera
     """Let `module` hold `weights` inside the block; `weights` hold the module's own meanwhile.
 
     The values change places one tensor at a time, so the block needs no second copy of the model.
+    It may lie within an autocast region.
     `weights` must be float32 tensors on the module's device (sharded alike when it is sharded).
     """
     _exchange(module, weights)

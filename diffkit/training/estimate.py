@@ -108,15 +108,19 @@ def _costs(config: TrainConfig, accelerator: Any, data: Data, objective: Objecti
 
 
 def _measure(config: TrainConfig, accelerator: Any, data: Data, objective: Objective) -> float:
-    """Seconds of one training step on this process; the second of two micro-batches counts."""
+    """Seconds of one training step on this process; the second of two micro-batches counts.
+
+    The first is one of the run's first step, the second one of its last, by when what starts later
+    has started and what calibrates at first has ended.
+    """
     players = objective.players()
     for module in players.values():
         module.to(accelerator.device)
     objective.place(accelerator.device)
-    objective.begin(0)
     world, rank = accelerator.num_processes, accelerator.process_index
     seconds = 0.0
-    for _ in range(2):
+    for step in (0, config.max_steps - 1):
+        objective.begin(step)
         began = time.perf_counter()
         batch = next(iter(data.batches(0, 1, rank, world, config.accumulation)))
         with accelerator.autocast():

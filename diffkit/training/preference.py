@@ -45,8 +45,15 @@ class PreferenceTraining(TrainConfig):
         return self.denoising.condition_dropout != 1
 
     def canonical(self) -> PreferenceTraining:
-        """With the canonical form of the denoising values."""
-        return replace(self, denoising=self.denoising.canonical())
+        """With the canonical form of the denoising values, and the warm-up in steps.
+
+        The warm-up decides the weights of steps that were made: another --max-steps may not change
+        it.
+        """
+        adaptive = self.adaptive
+        if self.preference.adaptive:
+            adaptive = replace(adaptive, warmup_steps=adaptive.warmup(self.max_steps))
+        return replace(self, denoising=self.denoising.canonical(), adaptive=adaptive)
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""

@@ -38,3 +38,24 @@ def test_a_view_of_a_sharded_network(alone):
         view = network(x)
     assert torch.equal(view, first) and torch.equal(network(x), moved)
     assert not torch.allclose(view, moved)
+
+
+def test_a_view_under_autocast():
+    """Autocast keeps low-precision copies of weights that want a gradient, for as long as its
+    region lasts: within one, every view after the first computed with the first one's weights, so
+    that two annotators of Adaptive-DPO were one."""
+    torch.manual_seed(0)
+    network = nn.Linear(4, 4)
+    x, start = torch.randn(2, 4), snapshot(network)
+    shifted = [{name: weight + shift for name, weight in start.items()} for shift in (1.0, 2.0)]
+    views = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        own = network(x)
+        for weights in shifted:
+            with weights_exchanged(network, weights):
+                views.append(network(x))
+        again = network(x)
+    assert torch.equal(own, again)
+    for view, weights in zip(views, shifted, strict=True):
+        exact = x @ weights["weight"].T + weights["bias"]
+        torch.testing.assert_close(view.float(), exact, rtol=0.02, atol=0.02)

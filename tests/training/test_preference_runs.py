@@ -130,3 +130,14 @@ def test_what_cannot_be_combined(more, message, flags, capsys, tmp_path):
     assert main(["train", "preference", *flags(*more)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_longer_run_keeps_its_warm_up(flags, tmp_path, capsys):
+    """By default the warm-up is a tenth of the run: made longer, a run would have weighed its first
+    steps otherwise than one of that length, and a resumed one would have warmed up again."""
+    assert main(["train", "preference", *flags(*ADAPTIVE)]) == 0
+    longer = flags(*ADAPTIVE, "--max-steps", 40)
+    assert main(["train", "preference", *longer]) == 2
+    assert "adaptive.warmup_steps: 2 there, 4 now" in capsys.readouterr().err
+    assert main(["train", "preference", *longer[:-1], "4", "--adaptive.warmup-steps", "2"]) == 0
+    assert len(rows(tmp_path / "out")) == 4
