@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from diffkit.files import read_jsonl
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.denoising import denoising_loss
-from diffkit.objectives.pixel_space import PixelConfig
+from diffkit.objectives.pixel_space import BOUNDS, PixelConfig
 from diffkit.perceptual.decoded import decoded_error, noise_only_delta
 from diffkit.training.denoising import DenoisingTraining
 from diffkit.training.pixel_space import PixelTraining
@@ -233,7 +233,9 @@ def text(results: Results) -> str:
     lines = [
         f"The embedded model, {SETTINGS['steps']} further steps of {SETTINGS['batch_size']} "
         f"samples at rate {SETTINGS['learning_rate']:g}, {len(seeds)} seeds an arm; lambda came to "
-        f'{weights}. "latent" is plain training, "pixel" adds the loss of decoded pictures, '
+        f"{weights} ({BOUNDS[1]:g} is its bound: this decoder shrinks errors so much that the "
+        'pixel term then still counts less than the latent one). "latent" is plain training, '
+        '"pixel" adds the loss of decoded pictures, '
         '"control" adds the latent loss with the same weight in time and no decoder. Errors are '
         f"of {SCORING['loss_pictures']} pictures each at the same noises and times, held-out ones "
         "unless said; the loss has its weight where that is at least half of its largest (middle "

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -136,12 +137,16 @@ def pair_folder(folder: Path, data: Path, settings: Mapping[str, Any], seed: int
     """A folder of the pairs, made if it is not there yet; its pictures are links."""
     with claim(folder, wait=True):
         if not folder.is_dir():
-            table = rows_of_pairs(data, settings, seed)
-            with atomic_directory(folder) as new:
-                for name in {row[key] for row in table for key in ("image_0", "image_1")}:
-                    (new / name).symlink_to((data / name).resolve())
-                append_jsonl(new / "metadata.jsonl", *table)
+            write_pairs(folder, data, rows_of_pairs(data, settings, seed))
     return folder
+
+
+def write_pairs(folder: Path, data: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """The folder with links to the pictures of the table."""
+    with atomic_directory(folder, overwrite=True) as new:
+        for name in {row[key] for row in table for key in ("image_0", "image_1")}:
+            (new / name).symlink_to((data / name).resolve())
+        append_jsonl(new / "metadata.jsonl", *table)
 
 
 # -- training -----------------------------------------------------------------------------------
@@ -182,8 +187,8 @@ def configuration(cell: Cell, data: Path) -> PreferenceTraining:
     )
 
 
-def finished(config: PreferenceTraining) -> tuple[PreferenceObjective, PreferenceData]:
-    """The objective of a finished run as it was at its end, and its data."""
+def finished(config: PreferenceTraining) -> PreferenceObjective:
+    """The objective of a finished run as it was at its end."""
     accelerator, folder = make_accelerator(config), RunFolder(config)
     try:
         model = build_model(config)
@@ -196,8 +201,8 @@ def finished(config: PreferenceTraining) -> tuple[PreferenceObjective, Preferenc
         ).resume()
     finally:
         release_accelerator(accelerator)
-    assert isinstance(objective, PreferenceObjective) and isinstance(data, PreferenceData)
-    return objective, data
+    assert isinstance(objective, PreferenceObjective)
+    return objective
 
 
 # -- measuring ----------------------------------------------------------------------------------
@@ -248,13 +253,22 @@ def run_scores(config: PreferenceTraining) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in names if name in rows[-1]}
 
 
-def detection(
-    objective: PreferenceObjective, data: PreferenceData, first_step: int, count: int
-) -> float:
-    """Area under the curve of u for labels that were turned round, over the next `count` pairs."""
+def unseen_pairs(config: PreferenceTraining, data: Path, cell: Cell, count: int) -> PreferenceData:
+    """The `count` pairs that come after those of the run, labelled alike."""
+    more = {**cell.settings, "pairs": cell.settings["pairs"] + count}
+    table = rows_of_pairs(data, more, cell.seed)[-count:]
+    folder = cell.work / "unseen"
+    write_pairs(folder, data, table)
+    found = build_data(replace(config, data=str(folder)), LatentDiffusion.load(ASSETS / "model"))
+    assert isinstance(found, PreferenceData)
+    return found
+
+
+def detection(objective: PreferenceObjective, data: PreferenceData, count: int) -> float:
+    """Area under the curve of u for labels that were turned round, over `count` pairs."""
     flipped: list[bool] = []
     doubts: list[Tensor] = []
-    step = first_step
+    step = 0
     while len(flipped) < count:
         batch = data.batch(step)
         doubts.append(objective.minority(batch))
@@ -281,11 +295,12 @@ def measured(cell: Cell, data: Path) -> dict[str, Any]:
         raise Interrupted
     if code:
         raise RunFailed(f"{config.output}: the training ended with code {code}.")
-    objective, pairs = finished(config)
+    objective = finished(config)
     values = picture_scores(objective.model, data, cell.scoring, cell.seed) | run_scores(config)
     if config.preference.adaptive:
         count = cell.scoring["judged_pairs"]
-        values["detection"] = detection(objective, pairs, config.max_steps, count)
+        unseen = unseen_pairs(config, data, cell, count)
+        values["detection"] = detection(objective, unseen, count)
     return values
 
 
@@ -318,7 +333,8 @@ def text(results: Results) -> str:
         f"With {FLIPS:.0%} of the labels turned round. The gain is that over the base; accuracy, "
         "drift (winners' error over the base's) and weight are those of the last quarter of the "
         "steps, against the labels that the run was given; AUC is that of u for the labels that "
-        "were turned round.",
+        f"were turned round, over {SCORING['judged_pairs']} pairs that no step has seen. cDPO and "
+        "rDPO are told the true share of wrong labels.",
         "",
         "| arm | seeds | gain in redness, 95 % interval | of DPO's without flips | concept | "
         "accuracy | winners' drift | weight | AUC |",
