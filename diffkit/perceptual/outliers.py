@@ -11,13 +11,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from diffkit.kernels.masked_distance import piece_size
 
 __all__ = ["outlier_mask", "outlier_quantiles"]
 
 SAMPLED = 4096
 """Entries of a map that the quantiles are read from; larger maps are sampled."""
-
-_CHUNK = 1 << 20  # entries that are worked on at once
 
 
 @torch.no_grad()
@@ -42,16 +43,24 @@ def outlier_mask(target: Tensor, ratio: int) -> Tensor | None:
     """
     if target.ndim != 4:
         raise ValueError(f"feature maps are (B, C, H, W), not {tuple(target.shape)}")
+    samples, channels = target.shape[:2]
     count = target.shape[-2] * target.shape[-1]
     if ratio <= 2 or count < 4:
         return None
     closing, opening = (0, 1) if ratio < 8 else (1, 2)
     keep = torch.empty(target.shape, dtype=torch.bool, device=target.device)
-    step = max(1, _CHUNK // count)
-    for sample, kept in zip(target, keep, strict=True):
-        for maps, out in zip(sample.split(step), kept.split(step), strict=True):
+    spread = _spread if target.device.type == "cpu" else _pooled
+    # A GPU is given large pieces: there the number of operations decides.
+    size = 4 * piece_size(target.device)
+    per_sample = max(1, size // (channels * count))
+    per_row = min(channels, max(1, size // count))
+    for b in range(0, samples, per_sample):
+        for c in range(0, channels, per_row):
+            place = (slice(b, b + per_sample), slice(c, c + per_row))
+            maps = target[place].flatten(0, 1)
             inside = _within(maps.to(torch.promote_types(maps.dtype, torch.float32)))
-            out.copy_(~_spread(~_spread(inside, closing), opening))
+            kept = ~spread(~spread(inside, closing), opening)
+            keep[place] = kept.view_as(keep[place])
     return keep
 
 
@@ -107,3 +116,10 @@ def _spread(marks: Tensor, reach: int) -> Tensor:
                 source.narrow(axis, step, length - step)
             )
     return marks
+
+
+def _pooled(marks: Tensor, reach: int) -> Tensor:
+    """The same in three operations, as suits a GPU: a dilation is a maximum over windows."""
+    if not reach:
+        return marks
+    return functional.max_pool2d(marks.half(), 2 * reach + 1, 1, reach).bool()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffkit.perceptual import outliers
 from diffkit.perceptual.outliers import SAMPLED, outlier_mask, outlier_quantiles
 
 
@@ -37,6 +41,48 @@ def test_it_is_the_pooled_form(ratio, closing, opening, shape) -> None:
     target[torch.rand(target.shape, generator=draws) > 0.99] = 60.0
     mask = outlier_mask(target, ratio)
     assert mask is not None and torch.equal(mask, by_pooling(target, closing, opening))
+
+
+@pytest.mark.parametrize("reach", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(3, 40, 33), (2, 7, 5), (1, 2, 2)])
+def test_a_gpu_spreads_by_pooling(reach: int, shape: tuple[int, ...]) -> None:
+    draws = torch.Generator().manual_seed(4)
+    for share in (0.02, 0.9):
+        marks = torch.rand(shape, generator=draws) < share
+        assert torch.equal(outliers._pooled(marks, reach), outliers._spread(marks, reach))
+
+
+def test_a_batch_takes_the_operations_of_a_sample() -> None:
+    """Each sample, and each MiB of it, had some 25 of its own: 6000 launches for one of 512 pixels
+    on a GPU, which spent its time on them."""
+    counts = []
+    for batch in (1, 32):
+        with Count() as count:
+            mask = outlier_mask(torch.randn(batch, 8, 16, 16), 8)
+        assert mask is not None and mask.shape == (batch, 8, 16, 16)
+        counts.append(count.operations)
+    assert counts[0] == counts[1] < 100
+
+
+def test_pieces_put_together_are_the_whole() -> None:
+    """Of more entries than are worked on at once, over samples and over channels."""
+    for shape in ((5, 3, 300, 300), (2, 13, 300, 300)):
+        target = torch.randn(shape, generator=torch.Generator().manual_seed(5)) ** 3
+        mask = outlier_mask(target, 8)
+        assert mask is not None
+        for i, c in ((0, 0), (1, shape[1] - 1)):
+            alone = outlier_mask(target[i : i + 1, c : c + 1], 8)
+            assert alone is not None and torch.equal(mask[i : i + 1, c : c + 1], alone)
+
+
+class Count(TorchDispatchMode):
+    """Counts operations, views included."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_block_of_outliers_goes_with_a_rim_and_a_speck_stays() -> None:
