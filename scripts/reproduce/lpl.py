@@ -173,6 +173,41 @@ def ratio_table(results: Results, arm: str) -> list[str]:
     return lines
 
 
+def verdict(results: Results, arm: str) -> str:
+    """Which measures rise and which fall against the plain arm, by their intervals."""
+    seeds = results.seeds(arm, PLAIN)
+    if len(seeds) < 2:
+        return "Fewer than two seeds have no interval."
+    told: dict[str, list[str]] = {"rise": [], "fall": [], "are undecided": []}
+    for key, label in MEASURES:
+        logs = ([math.log(x) for x in columns(results, key, name, seeds)] for name in (arm, PLAIN))
+        found = paired_difference(*logs)
+        word = "rise" if found.low > 0 else "fall" if found.high < 0 else "are undecided"
+        told[word].append(f'"{label}"')
+    parts = [f"{', '.join(labels) or 'none'} {word}" for word, labels in told.items()]
+    return f"By these intervals: {'; '.join(parts)}."
+
+
+def denominator(results: Results) -> str:
+    """What is left of the effects when no gradient passes the deviation."""
+    seeds = results.seeds(LPL, DETACHED, PLAIN)
+    if not seeds:
+        return f"No seed has {LPL}, {DETACHED} and {PLAIN} yet."
+    parts = []
+    for key, label in (MEASURES[3], MEASURES[4]):
+        base = columns(results, key, PLAIN, seeds)
+        ratios = []
+        for arm in (LPL, DETACHED):
+            logs = [math.log(a / b) for a, b in zip(columns(results, key, arm, seeds), base)]
+            ratios.append(f"{math.exp(sum(logs) / len(logs)):.4f}")
+        parts.append(f"{label}: {ratios[0]}, and {ratios[1]}")
+    return (
+        f"Over {PLAIN}, with the gradient through the deviation that divides, and without it "
+        f"({DETACHED}, {len(seeds)} seeds each): {'; '.join(parts)}. What is lost without it came "
+        "through the denominator, which rewards variance."
+    )
+
+
 def arms_table(results: Results) -> list[str]:
     """Every arm with its weight and its ratios to the plain one, over the seeds that it has."""
     heads = [label for _, label in MEASURES[:5]]
@@ -233,16 +268,21 @@ def text(results: Results) -> str:
             "",
             *ratio_table(results, LPL),
             "",
-            "The variance of the predicted features and the detail of samples move towards those "
-            "of real pictures; the error of the estimate does not fall. With the gradient through "
-            "the deviation taken away (`detached`) next to nothing of this is left: it comes "
-            "through the denominator, which rewards variance.",
+            verdict(results, LPL),
+            "",
+            denominator(results),
             "",
             MORE,
             "",
             f"With {MEANING[STRONG]}:",
             "",
             *ratio_table(results, STRONG),
+            "",
+            verdict(results, STRONG),
+            "",
+            f"With {MEANING[DETACHED]}:",
+            "",
+            *ratio_table(results, DETACHED),
             "",
             control(results),
             "",
