@@ -14,15 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["eager", "eager_terms"]
+__all__ = ["eager", "eager_terms", "uncompiled"]
 
 Terms = tuple[Tensor, ...]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which torch.compile leaves alone, with all that it calls.
+
+    For losses through a decoder: gradients that are taken at once cannot be traced, and a trace
+    would take the whole decoder into the graph, anew for every number of samples.
+    """
+    kept: Callable[P, R] = torch.compiler.disable(function)
+    return kept
 
 
 def eager(

@@ -51,6 +51,12 @@ class TinyDecoder:
         """Where the weights are."""
         return torch.device(self.network.device)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the network computes."""
+        found: torch.dtype = self.network.dtype
+        return found
+
     def to(self, device: torch.device | str) -> TinyDecoder:
         """Move the weights in place; returns self."""
         nn.Module.to(self.network, device=device)

@@ -6,14 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from diffkit.errors import UserError
 from diffkit.models.codec import Codec
+from diffkit.models.codec_kinds import PixelCodec
 from diffkit.models.schedule import Schedule
-from diffkit.perceptual.decoded import LatentCrop, decoded_error, draw_crop, noise_only_delta
+from diffkit.models.tiny_decoder import TinyDecoder
+from diffkit.perceptual.decoded import (
+    LatentCrop,
+    check_decoder,
+    decoded_error,
+    draw_crop,
+    noise_only_delta,
+    noisy_inputs,
+)
 from diffkit.randomness import SampleKeys, normal
 from tests import tiny
+from tests.models.test_tiny_decoder import network
 
 
 class Orthonormal:
@@ -90,6 +101,69 @@ def test_both_parts_replaced_would_give_back_the_noisy_latents(kind: str) -> Non
     second = z_t + noise_only_delta(noise, target + error, target, t)
     assert torch.allclose(second, said.alpha_t * z0 + said.sigma_t * said.eps, atol=1e-12)
     assert (second - z_t).abs().max() > 0.1
+
+
+def test_latents_of_edm_are_decoded_at_the_scale_of_others() -> None:
+    """Its z_t went in with a deviation of up to 80. Over sqrt(1 + sigma^2) it is a DDPM's.
+
+    For eps-prediction of the same abar = 1 / (1 + sigma^2), with the same noise said, both inputs
+    are the same; for other schedules they are z_t and delta themselves.
+    """
+    ddpm, edm = schedule("epsilon"), Schedule.from_scheduler(EDMEulerScheduler())
+    t = torch.tensor([20, 500, 990])
+    alpha, sigma = ddpm.alpha_sigma(t, torch.float64)
+    z0, eps, error = (normal((3, 4, 4, 4), 3, name).double() for name in ("z", "eps", "error"))
+    expected = noisy_inputs(ddpm, ddpm.add_noise(z0, eps, t), eps + error, eps, t)
+    time = torch.log(sigma / alpha) / 4
+    z_t, target = edm.add_noise(z0, eps, time), edm.target(z0, eps, time)
+    wrong = (edm.noise_gain(time, torch.float64) / (sigma / alpha)).view(-1, 1, 1, 1)
+    found = noisy_inputs(edm, z_t, target + error / wrong, target, time)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert z_t.std() > 8 and found[0].std() < 1.2
+    assert torch.equal(expected[1], noise_only_delta(ddpm, eps + error, eps, t))
+
+
+def test_a_decoder_is_frozen_or_refused() -> None:
+    """Seventy parameters of a VAE got gradients that no optimizer cleared."""
+    for decoder in (Codec(tiny.vae()), TinyDecoder(network().requires_grad_(True))):
+        check_decoder(decoder, "any")
+        z, delta = material()
+        decoded_error(decoder, z, delta.requires_grad_()).sum().backward()
+        held = decoder.vae if isinstance(decoder, Codec) else decoder.network
+        assert all(p.grad is None and not p.requires_grad for p in held.parameters())
+    half = Codec(tiny.vae(force_upcast=False)).to(dtype=torch.float16)
+    for decoder in (half, TinyDecoder(network().half())):
+        with pytest.raises(UserError, match="float16, in which small gradients vanish"):
+            check_decoder(decoder, "any")
+    check_decoder(Codec(tiny.vae(force_upcast=True)).to(dtype=torch.float16), "any")
+    with pytest.raises(UserError, match="this DDPM model works on pixels"):
+        check_decoder(PixelCodec(), "DDPM")
+
+
+def test_a_compiled_denoiser_does_not_take_the_decoder_along() -> None:
+    """With --compile the graph held the decoder, and broke at the gradient inside the forward."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    z, delta = material()
+    decoder = codec()
+
+    def loss(leaf: Tensor, lean: bool) -> Tensor:
+        return decoded_error(decoder, z, 2 * leaf, lean=lean).sum()
+
+    for lean in (False, True):
+        grads = []
+        for function in (loss, torch.compile(loss, backend=look)):
+            leaf = delta.clone().requires_grad_()
+            function(leaf, lean).backward()
+            grads.append(leaf.grad)
+        assert torch.allclose(*grads, rtol=1e-5, atol=1e-7)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert any("mul" in target for target in targets)
+    assert not any("conv" in target or "grad" in target for target in targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
