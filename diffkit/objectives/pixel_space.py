@@ -4,10 +4,11 @@
     L = L_lat + lambda L_pix,    L_pix = mean (D(z_t) - D(alpha_t z_0 + sigma_t eps_theta))^2
 
 L_lat is the denoising loss of the model's parametrisation, D the frozen decoder of the codec, or a
-tiny one. Both decodes are of noisy latents: only the noise is replaced by the predicted one. Beside
-it stand what it is compared with: the clean estimate, whose loss weighs high noise without bound
-unless it is gated; pixels alone; and the same weight in time without a decoder. lambda is chosen
-from the first batches, so that both terms count alike.
+tiny one. Both decodes are of noisy latents: only the noise is replaced by the predicted one. (EDM's
+are brought to the scale of the others first: `decoded.noisy_inputs`.) Beside it stand what it is
+compared with: the clean estimate, whose loss weighs high noise without bound unless it is gated;
+pixels alone; and the same weight in time without a decoder. lambda is chosen from the first
+batches, so that both terms count alike.
 
 min-SNR weights and the like belong to L_lat. L_pix has its own weight in time, which comes with
 what it compares, and is not multiplied by them.
@@ -23,11 +24,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffkit.console import warn
 from diffkit.data.batch import Batch
 from diffkit.errors import UserError
-from diffkit.models.codec_kinds import PixelCodec
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.models.tiny_decoder import TinyDecoder, load_tiny_decoder
+from diffkit.models.tiny_decoder import load_tiny_decoder
 from diffkit.objectives.base import Phase
 from diffkit.objectives.denoising import (
     Denoised,
@@ -40,9 +41,11 @@ from diffkit.objectives.denoising import (
 from diffkit.perceptual.decoded import (
     Decoder,
     LatentCrop,
+    check_decoder,
     decoded_error,
     draw_crop,
     noise_only_delta,
+    noisy_inputs,
 )
 
 __all__ = [
@@ -124,7 +127,8 @@ class PixelConfig:
     """What is decoded: the noisy latents with the true and the predicted noise, or, to compare, the
     clean latents and their estimate, which the paper rejects as blurry."""
     clean_min_snr: float = 0.1
-    """Signal-to-noise ratio below which a clean estimate is not compared."""
+    """Signal-to-noise ratio below which a clean estimate is not compared. It is decoded all the
+    same, so that a batch takes the same time whatever is in it."""
     clean_max_weight: float = 1.0
     """Largest weight of the clean estimate's error beside that of the latent loss."""
     emphasis: bool = False
@@ -158,6 +162,11 @@ class PixelConfig:
         for name in ("latent_weight", "clean_min_snr", "crop_latent"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"pixel.{name}: {getattr(self, name)} must not be negative.")
+        if self.latent_weight == 0 and self.every > 1:
+            raise UserError(
+                "pixel.every: with --pixel.latent_weight 0 the steps between would train nothing; "
+                "leave one of them out."
+            )
         self._check_idle()
 
     def _check_idle(self) -> None:
@@ -248,11 +257,13 @@ class PixelPlayer(DenoisingPlayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(z, delta, factor): the loss is factor (D(z) - D(z + delta))^2; factor is (B,)."""
         schedule, config, t = self.denoiser.schedule, self.config, draws.t
-        delta = noise_only_delta(schedule, denoised.output, denoised.target, t)
         if config.target == "noisy":
+            said = denoised.z_t, denoised.output, denoised.target, t
+            z, delta = noisy_inputs(schedule, *said)
             place = schedule.place(t).to(delta)
             factor = flow_emphasis(place) if config.emphasis else torch.ones_like(place)
-            return denoised.z_t, delta, factor
+            return z, delta, factor
+        delta = noise_only_delta(schedule, denoised.output, denoised.target, t)
         alpha, sigma = schedule.alpha_sigma(t, delta.dtype)
         weight = clean_delta(schedule.noise_gain(t, delta.dtype), alpha).square()
         gate = clean_factor(
@@ -282,21 +293,16 @@ class PixelObjective(DenoisingObjective):
     ) -> None:
         config.check()
         super().__init__(model, denoising, lora)
-        if isinstance(model.codec, PixelCodec):
-            raise UserError(
-                f"model: this {model.family.name} is a model of pixels and decodes nothing; "
-                "`diffkit train denoising` trains it."
-            )
         if config.emphasis and model.schedule.kind != "flow":
             raise UserError("pixel.emphasis: is for flow models; leave it out.")
         self.pixel = config
-        self._decoder = model.codec if config.decoder is None else self._load(config.decoder)
+        codec, source = model.codec, config.decoder
+        self._decoder = codec if source is None else load_tiny_decoder(source, codec)
+        check_decoder(self._decoder, model.family.name)
         self._player = PixelPlayer(self._player, config, self._decoder)
         self._step = 0
+        self._warned = False
         self._sums = {name: torch.zeros(()) for name in ("latent", "pixel", "error")}
-
-    def _load(self, source: str) -> TinyDecoder:
-        return load_tiny_decoder(source, self.model.codec)
 
     def phases(self) -> Sequence[Phase]:
         """One step of the denoiser."""
@@ -366,3 +372,24 @@ class PixelObjective(DenoisingObjective):
     def state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The sums of the calibration."""
         return {"calibration": self._sums}
+
+    def inspect(self) -> None:
+        """Warn, once, of a calibrated lambda that does not make both terms count alike."""
+        decoded = self._step // self.pixel.every + 1
+        if self._warned or self.pixel.weight is not None or decoded < self.pixel.calibration:
+            return
+        latent, pixel = self._sums["latent"].item(), self._sums["pixel"].item()
+        low, high = BOUNDS
+        if pixel > 0 and low <= latent / pixel <= high:
+            return
+        self._warned = True
+        if pixel == 0:
+            told = "no pixel loss was found to calibrate lambda by, so that it stays 0"
+            right = "give --pixel.weight, or lower --pixel.clean_min_snr"
+            warn(f"pixel: {told}; {right}.")
+            return
+        bound = low if latent / pixel < low else high
+        warn(
+            f"pixel: lambda lies at its bound {bound:g}; the two losses would count alike at "
+            f"{latent / pixel:.3g}, to be had with --pixel.weight {latent / pixel:.3g}."
+        )

@@ -347,6 +347,35 @@ def test_the_control_stops_decoding(tiny_sd: Path) -> None:
     assert torch.equal(sums["latent"], objective.state()["calibration"]["latent"])
 
 
+def test_it_says_once_where_lambda_is_bounded(
+    tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what it would have been; nothing before the calibration ends, nor for one in between."""
+    objective = objective_of(tiny_sd, calibration=3, every=2)
+    capsys.readouterr()  # of the model's making, if it was made here
+    for latent, pixel, told in (
+        (0.3, 0.1, None),
+        (0.3, 3.0, "its bound 0.5; the two losses would count alike at 0.1, to be had with "),
+        (0.3, 0.006, "--pixel.weight 50."),
+        (0.3, 0.0, "no pixel loss was found"),
+    ):
+        objective._warned = False
+        for total, value in zip(objective.state()["calibration"].values(), (latent, pixel, 1.0)):
+            total.fill_(value)
+        objective.begin(3)
+        objective.inspect()
+        assert capsys.readouterr().err == ""
+        for _ in range(2):
+            objective.begin(4)
+            objective.inspect()
+        err = capsys.readouterr().err
+        assert err.count("warning") == (told is not None) and (told or "") in err
+    given = objective_of(tiny_sd, **FIXED)
+    given.begin(99)
+    given.inspect()
+    assert capsys.readouterr().err == ""
+
+
 # -- refusals -----------------------------------------------------------------------------------
 
 
@@ -362,6 +391,7 @@ def test_the_control_stops_decoding(tiny_sd: Path) -> None:
         ({"target": "clean", "emphasis": True}, "belongs to --pixel.target noisy"),
         ({"weight": 2.0, "calibration": 9}, "leave one of them out"),
         ({"control": True, "every": 2}, "decodes in the calibration only"),
+        ({"latent_weight": 0.0, "every": 2}, "would train nothing"),
     ],
 )
 def test_what_cannot_work_is_refused(config: dict[str, Any], message: str) -> None:
@@ -374,7 +404,7 @@ def test_what_cannot_work_is_refused(config: dict[str, Any], message: str) -> No
     [
         ("sd", {"emphasis": True}, "is for flow models"),
         ("sd", {"decoder": "nowhere/at/all"}, "no such tiny decoder"),
-        ("pixel", {}, "a model of pixels"),
+        ("pixel", {}, "works on pixels"),
     ],
 )
 def test_what_cannot_work_with_the_model_is_refused(
@@ -382,6 +412,19 @@ def test_what_cannot_work_with_the_model_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         PixelObjective(loaded(tiny_folder(name)), PixelConfig(**config), NO_DROPOUT)
+
+
+def test_the_decoder_is_frozen_and_not_in_half_precision(tiny_sd: Path, tmp_path: Path) -> None:
+    model = LatentDiffusion.load(tiny_sd)
+    model.codec.vae.requires_grad_(True)
+    PixelObjective(model, PixelConfig(), NO_DROPOUT)
+    assert not any(p.requires_grad for p in model.codec.vae.parameters())
+    model.codec.vae.register_to_config(force_upcast=False)
+    model.codec.to(dtype=torch.float16)
+    with pytest.raises(UserError, match="float16"):
+        PixelObjective(model, PixelConfig(), NO_DROPOUT)
+    network().save_pretrained(tmp_path / "tiny")  # in float32, which serves
+    PixelObjective(model, PixelConfig(decoder=str(tmp_path / "tiny")), NO_DROPOUT)
 
 
 def test_the_decoder_is_no_part_of_the_player(tiny_sd: Path) -> None:
