@@ -23,8 +23,8 @@ from torch import Tensor
 
 from diffkit.console import warn
 from diffkit.data.batch import Batch
-from diffkit.errors import UserError
 from diffkit.models.codec import Codec
+from diffkit.models.eager import uncompiled
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Phase
 from diffkit.objectives.denoising import (
@@ -36,6 +36,7 @@ from diffkit.objectives.denoising import (
     Shared,
 )
 from diffkit.objectives.latent_perceptual_config import GateReading, LatentPerceptualConfig
+from diffkit.perceptual.decoded import check_decoder
 from diffkit.perceptual.decoder_features import PerceptualTerms, latent_perceptual_loss
 
 __all__ = [
@@ -49,7 +50,11 @@ __all__ = [
 ]
 
 FIRST_WEIGHT = 3.0
-"""The paper's weight: of a share's first step, and as long as no sample was gated."""
+"""The paper's weight: of a share's first step, and as long as no sample was gated. This and
+`BOUNDS` are of the spatial norm; with another they are multiplied by `FeatureLoss.unit`."""
+
+BOUNDS = (0.1, 100.0)
+"""Of a weight that follows from a share."""
 
 DECAY = 0.99
 FROZEN_AFTER = 200
@@ -78,16 +83,19 @@ def whole_batch(values: Tensor, gated: Tensor, count: int) -> Tensor:
     return values.new_zeros(count).index_copy(0, gated, values)
 
 
-def share_weight(denoising: Tensor, perceptual: Tensor, share: float) -> Tensor:
-    """w = s / (1 - s) L / G, at which w G is the part s of L + w G; within [0.1, 100].
+def share_weight(denoising: Tensor, perceptual: Tensor, share: float, unit: float = 1.0) -> Tensor:
+    """w = s / (1 - s) L / G, at which w G is the part s of L + w G; within unit [0.1, 100].
 
     Arguments:
         denoising: L, an average of the denoising loss, ().
-        perceptual: G, that of the gated loss over the whole batch; 3 is the weight where it is 0.
+        perceptual: G, that of the gated loss over the whole batch; 3 unit is the weight where it is
+            0.
         share: s, in (0, 1).
+        unit: `FeatureLoss.unit`.
     """
     wanted = share / (1 - share) * denoising / perceptual
-    return torch.where(perceptual > 0, wanted.clamp(0.1, 100.0), FIRST_WEIGHT)
+    low, high = (unit * bound for bound in BOUNDS)
+    return torch.where(perceptual > 0, wanted.clamp(low, high), unit * FIRST_WEIGHT)
 
 
 class ShareControl:
@@ -99,10 +107,12 @@ class ShareControl:
     Arguments:
         share: None for a weight that stays.
         weight: at the start.
+        unit: of the bounds of the weight, see `share_weight`.
     """
 
-    def __init__(self, share: float | None, weight: float) -> None:
+    def __init__(self, share: float | None, weight: float, unit: float = 1.0) -> None:
         self.share = share
+        self.unit = unit
         self.tensors = {
             name: torch.tensor(value)
             for name, value in {
@@ -130,9 +140,16 @@ class ShareControl:
         self.tensors["steps"].add_(1)
         if self.share is None:
             return
-        found = share_weight(*averages, self.share)
+        found = share_weight(*averages, self.share, self.unit)
         moving = self.tensors["steps"] <= FROZEN_AFTER
         self.weight.copy_(torch.where(moving, found, self.weight))
+
+    def bounded(self) -> float | None:
+        """The bound at which the weight was frozen; None while it moves and for one in between."""
+        if self.share is None or self.tensors["steps"] < FROZEN_AFTER:
+            return None
+        weight = self.weight.item() / self.unit
+        return next((self.unit * b for b in BOUNDS if abs(weight / b - 1) < 1e-5), None)
 
 
 # -- objective ----------------------------------------------------------------------------------
@@ -168,7 +185,7 @@ class LatentPerceptualPlayer(DenoisingPlayer):
         self.control = control
         self.active = True
         # The number of gated samples changes from step to step: this part is not compiled.
-        self._terms: Callable[..., PerceptualTerms] = torch.compiler.disable(self._compare)
+        self._terms: Callable[..., PerceptualTerms] = uncompiled(self._compare)
 
     def forward(self, phase: str, draws: Draws, shared: Shared) -> dict[str, Any]:
         """The losses of each sample and what is logged of them."""
@@ -243,15 +260,14 @@ class LatentPerceptualObjective(DenoisingObjective):
         config.check()
         super().__init__(model, denoising, lora)
         self.lpl = config
-        _check_codec(model)
-        share = config.target_share()
-        self._control = ShareControl(
-            share, FIRST_WEIGHT if config.weight is None else config.weight
-        )
+        check_decoder(model.codec, model.family.name)
+        unit = config.features().unit(model.codec)
+        first = unit * FIRST_WEIGHT if config.weight is None else config.weight
+        self._control = ShareControl(config.target_share(), first, unit)
         self._perceptual = LatentPerceptualPlayer(self._player, model.codec, config, self._control)
         self._player = self._perceptual
         self._variances = torch.zeros(len(self._perceptual.names), 2)
-        self._warned = False
+        self._warned: set[str] = set()
 
     def phases(self) -> Sequence[Phase]:
         """One step of the denoiser."""
@@ -293,42 +309,51 @@ class LatentPerceptualObjective(DenoisingObjective):
         return {"lpl": {**self._control.tensors, "variances": self._variances}}
 
     def inspect(self) -> None:
-        """Warn, once, of a gate that never opens and of features whose variance is inflated."""
-        if self._warned or self._control.tensors["steps"] < WATCHED:
+        """Warn, each once, of a gate that never opens, of a share that is not reached, and of
+        features whose variance is inflated."""
+        if self._control.tensors["steps"] < WATCHED:
             return
         if self._control.tensors["perceptual"] == 0:
-            self._warned = True
-            warn(
-                f"lpl: no sample was inside the gate in {WATCHED} steps or more; lower "
-                "--lpl.threshold, or train more at clean times."
+            self._warn_once(
+                "gate",
+                f"no sample was inside the gate in {WATCHED} steps or more; lower "
+                "--lpl.threshold, or train more at clean times.",
             )
             return
+        self._inspect_weight()
+        if self.lpl.weight != 0:
+            self._inspect_variances()
+
+    def _inspect_weight(self) -> None:
+        control, bound = self._control, self._control.bounded()
+        if bound is None or control.share is None:
+            return
+        averages = control.tensors["denoising"].item(), control.tensors["perceptual"].item()
+        wanted = control.share / (1 - control.share) * averages[0] / averages[1]
+        self._warn_once(
+            "weight",
+            f"the weight was frozen at its bound {bound:g}; a share of {control.share:g} would "
+            f"need {wanted:.4g}, to be had with --lpl.weight {wanted:.4g}.",
+        )
+
+    def _inspect_variances(self) -> None:
         ratios = (self._variances[:, 0] / self._variances[:, 1]).tolist()
         high = {
             name: ratio
             for name, ratio in zip(self._perceptual.names, ratios, strict=True)
             if ratio > INFLATED
         }
-        if high:
-            self._warned = True
-            told = ", ".join(f"{name} {ratio:.3f}" for name, ratio in high.items())
-            warn(
-                f"lpl: predicted features vary more than true ones ({told}; 1 is right): the loss "
-                "falls by inflating them. Compare pictures with and without guidance; a lower "
-                "--lpl.share or --lpl.stats prediction_detached holds against it."
-            )
-
-
-def _check_codec(model: LatentDiffusion) -> None:
-    codec = model.codec
-    if not codec.feature_names:
-        raise UserError(
-            f"model: this {model.family.name} model works on pixels, without a decoder whose "
-            "features could be compared; give a latent diffusion model."
+        if not high:
+            return
+        told = ", ".join(f"{name} {ratio:.3f}" for name, ratio in high.items())
+        cause, advice = self.lpl.against_inflation()
+        self._warn_once(
+            "variance",
+            f"predicted features vary more than true ones ({told}; 1 is right){cause}. Compare "
+            f"pictures with and without guidance; {advice} holds against it.",
         )
-    if codec.dtype == torch.float16:
-        raise UserError(
-            "model: its autoencoder computes in float16, in which gradients of features vanish; "
-            "load it in float32 or bfloat16."
-        )
-    codec.vae.requires_grad_(False)
+
+    def _warn_once(self, name: str, text: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warn(f"lpl: {text}")

@@ -24,8 +24,9 @@ class LatentPerceptualConfig:
     """Part of the whole loss that the perceptual one is kept at while its weight is found, which is
     then frozen; 0.2 by default."""
     weight: float | None = None
-    """A fixed weight in place of a share; the paper's is 3. At 0 the loss is computed and logged,
-    and the training is that without it."""
+    """A fixed weight in place of a share; the paper's is 3, which with the norm channel_norm_target
+    is as much as 3 times the channels of the decoder's mid block. At 0 the loss is computed and
+    logged, and the training is that without it."""
     threshold: float = 3.0
     """What the gate compares with, at every sample's time."""
     gate: GateReading = "snr"
@@ -76,3 +77,13 @@ class LatentPerceptualConfig:
     def features(self) -> FeatureLoss:
         """Which features are compared, and how."""
         return FeatureLoss(self.blocks, self.norm, self.stats, masked=not self.keep_outliers)
+
+    def against_inflation(self) -> tuple[str, str]:
+        """Why predicted features may vary more than true ones (a clause), and what helps."""
+        less = f"a lower --lpl.{'share' if self.weight is None else 'weight'}"
+        if self.norm == "spatial" and self.stats == "prediction":
+            cause = ": the loss falls by inflating them"
+            return cause, f"{less} or --lpl.stats prediction_detached"
+        if self.stats == "own":
+            return ", which --lpl.stats own does not see", f"{less} or --lpl.stats target"
+        return "", less

@@ -8,6 +8,9 @@ phi_0 the output of the decoder's mid block and phi_l that of its l-th up block,
 where L_l is a layer's `feature_distance` under its `outlier_mask`. The sum is not divided by the
 number of layers, and the decoder starts where decoding does: at the model's scale and shift, with
 `post_quant_conv` where the autoencoder has one. The features of the true latents have no gradient.
+
+Under bfloat16 autocast the value of an almost right estimate is partly a floor of rounding, as that
+of decoded pictures is (`diffkit.perceptual.decoded`, with numbers).
 """
 
 from __future__ import annotations
@@ -45,6 +48,14 @@ class FeatureLoss:
     def names(self, codec: Codec) -> tuple[str, ...]:
         """The codec's names of the features."""
         return codec.feature_names[: self.blocks + 1]
+
+    def unit(self, codec: Codec) -> int:
+        """About how many times smaller the loss is than with the spatial norm, for the weight.
+
+        A pixel's norm over C channels is as large as sqrt(C) deviations of one, so the squared
+        distance over it is C times smaller: C of the mid block, whose layer weighs most.
+        """
+        return 1 if self.norm == "spatial" else int(codec.vae.config.block_out_channels[-1])
 
 
 class PerceptualTerms(NamedTuple):

@@ -107,6 +107,33 @@ def test_weight_of_a_share_by_hand() -> None:
     assert share_weight(torch.tensor(0.5), torch.tensor(0.0), 0.2).item() == 3.0
 
 
+def test_the_weight_of_the_channel_norm_is_larger_by_the_channels(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    """Of the mid block. In bounds of the spatial norm the share of 0.2 ended at 2 to 6 %.
+
+    L = 0.12, G = 2e-5: w = 0.25 * 6000 = 1500, beyond 100 but within 512 * 100.
+    """
+    small = torch.tensor(0.12), torch.tensor(2e-5)
+    assert share_weight(*small, 0.2).item() == 100.0
+    assert share_weight(*small, 0.2, 512).item() == pytest.approx(1500.0)
+    assert share_weight(torch.tensor(0.5), torch.tensor(0.0), 0.2, 512).item() == 1536.0
+    for norm, weight in (("spatial", 3.0), ("channel_norm_target", 3.0 * 16)):
+        method = objective(tiny_folder("sd-v"), norm=norm)
+        assert method.model.codec.vae.config.block_out_channels[-1] == 16
+        assert method.state()["lpl"]["weight"].item() == weight
+
+
+def test_a_weight_frozen_at_a_bound() -> None:
+    for perceptual, bound in ((2e-5, 100.0), (1.0, 0.1), (0.01, None)):
+        for unit in (1, 8):
+            control = ShareControl(0.2, 3.0, unit)
+            for _ in range(200):
+                assert control.bounded() is None
+                control.update(torch.tensor(0.12), torch.tensor(perceptual / unit))
+            assert control.bounded() == (bound and pytest.approx(unit * bound))
+
+
 def test_the_averages_and_when_the_weight_is_frozen() -> None:
     control = ShareControl(0.2, 3.0)
     control.update(torch.tensor(0.4), torch.tensor(0.0))  # no gated sample
@@ -311,6 +338,57 @@ def test_it_warns_once_of_inflated_features(
         step(1.05)
     told = capsys.readouterr().err
     assert told.count("warning") == 1 and "up_1 1.02" in told and "mid" not in told
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "a lower --lpl.share or --lpl.stats prediction_detached"),
+        ({"weight": 3.0}, "a lower --lpl.weight or --lpl.stats prediction_detached"),
+        ({"stats": "prediction_detached"}, "; a lower --lpl.share holds"),
+        ({"stats": "target", "weight": 3.0}, "; a lower --lpl.weight holds"),
+        ({"stats": "own"}, "does not see. Compare"),
+        ({"norm": "channel_norm_target"}, "; a lower --lpl.share holds"),
+        ({"weight": 0.0}, None),
+    ],
+)
+def test_the_advice_against_inflation_is_one_that_can_be_followed(
+    config: dict[str, Any],
+    said: str | None,
+    tiny_folder: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It told of a loss that is inflated where there was none, and of flags without effect."""
+    method = objective(tiny_folder("sd-v"), **config)
+    capsys.readouterr()
+    state = method.state()["lpl"]
+    for key, value in {"steps": 150.0, "denoising": 0.3, "perceptual": 0.1}.items():
+        state[key].fill_(value)
+    state["variances"].copy_(torch.tensor([[1.0, 1.0], [1.1, 1.0], [1.0, 1.0]]))
+    for _ in range(2):
+        method.inspect()
+    told = capsys.readouterr().err
+    assert told.count("warning") == (said is not None) and (said or "") in told
+    if said is not None:
+        falls = "the loss falls by inflating them" in told
+        assert falls == ("stats" not in config and "norm" not in config)
+
+
+def test_it_warns_of_a_share_that_is_not_reached(
+    tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = objective(tiny_folder("sd-v"))
+    capsys.readouterr()
+    state = method.state()["lpl"]
+    for key, value in {"steps": 200.0, "denoising": 0.12, "perceptual": 2e-5}.items():
+        state[key].fill_(value)
+    state["weight"].fill_(100.0)
+    state["variances"].fill_(1.0)
+    for _ in range(2):
+        method.inspect()
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1 and "at its bound 100;" in told
+    assert "--lpl.weight 1500" in told
 
 
 def test_it_warns_of_a_gate_that_never_opens(
