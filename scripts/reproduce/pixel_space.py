@@ -239,7 +239,8 @@ def text(results: Results) -> str:
         '"control" adds the latent loss with the same weight in time and no decoder. Errors are '
         f"of {SCORING['loss_pictures']} pictures each at the same noises and times, held-out ones "
         "unless said; the loss has its weight where that is at least half of its largest (middle "
-        "noise for v, much noise for eps). t-interval of the paired differences.",
+        "noise for v, much noise for eps). t-interval of the paired differences. A ratio can fall "
+        "by its denominator, too: read the D-space error beside it.",
         "",
         *contrast_table(results, "pixel", "latent", MEASURES),
         "",
