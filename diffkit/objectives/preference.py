@@ -33,7 +33,7 @@ from diffkit.objectives.preference_config import PreferenceConfig, check_draws
 from diffkit.objectives.preference_player import Errors, Noisy, PairMaterial, PreferencePlayer
 from diffkit.objectives.preference_state import ANNOTATORS, PreferenceState
 from diffkit.objectives.views import Ema, snapshot, weights_exchanged
-from diffkit.perceptual.decoded import LatentCrop, draw_crop
+from diffkit.perceptual.decoded import LatentCrop, check_decoder, draw_crop
 
 __all__ = ["PairDraws", "PreferenceConfig", "PreferenceObjective"]
 
@@ -87,6 +87,8 @@ class PreferenceObjective(Objective):
         self.config = config
         self._base = DenoisingObjective(model, denoising, lora)
         self._times = _listed_times(config, model)
+        if config.pixel != "none":
+            check_decoder(model.codec, model.family.name)
         player = self._base.players()["denoiser"]
         assert isinstance(player, DenoisingPlayer)
         self._player = PreferencePlayer(

@@ -32,7 +32,7 @@ from diffkit.objectives.preference_losses import (
     scale_gradient,
 )
 from diffkit.objectives.preference_state import ANNOTATORS, Controls
-from diffkit.perceptual.decoded import Decoder, LatentCrop, decoded_error, noise_only_delta
+from diffkit.perceptual.decoded import Decoder, LatentCrop, decoded_error, noisy_inputs
 
 __all__ = ["Errors", "Noisy", "PairMaterial", "PreferencePlayer"]
 
@@ -157,10 +157,11 @@ class PreferencePlayer(nn.Module):
         latent = denoising_loss(output, noisy.target)
         if not decode:
             return Errors(latent)
-        delta = noise_only_delta(self.denoiser.schedule, output, noisy.target, noisy.t)
+        said = noisy.z_t, output, noisy.target, noisy.t
+        z, delta = noisy_inputs(self.denoiser.schedule, *said)
         decoded = decoded_error(
             self.decoder,
-            noisy.z_t,
+            z,
             delta,
             crop=noisy.crop,
             lean=True,
