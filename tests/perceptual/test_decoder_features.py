@@ -178,8 +178,8 @@ picture of 512 pixels."""
 MAPS = (4, 16, 64, 128, 64)
 """MiB of their outputs."""
 MASKS = (0, 0, 32, 64, 32)
-CHECKPOINTED = (14, 54, 214, 534, 694)
-"""MiB for K = 0, ..., 4 with checkpoints around blocks and around each layer's loss."""
+WORKING = (228, 228, 512, 912, 1296)
+"""MiB that there are at most while the gradient is taken at once, for K = 0, ..., 4."""
 
 
 def stable_diffusion() -> Codec:
@@ -200,7 +200,10 @@ def test_memory_at_512_pixels(blocks: int, record_property: pytest.RecordPropert
     """Beside the decoder's own graph the loss keeps the maps of both and the masks, as they are.
 
     Plain autograd would keep 5484 MiB at K = 4, the decoder's own graph included. With the gradient
-    taken at once nothing is left after the forward pass but one tensor of the latents' size.
+    taken at once nothing is left after the forward pass but one tensor of the latents' size; while
+    it is taken there are at most 1296 MiB. Checkpoints around blocks and around each layer's loss
+    need about as much, 694 that wait for the backward pass and 576 of the block that is then made
+    anew, but for all samples at once.
     """
     codec, loss = stable_diffusion(), FeatureLoss(blocks)
     true = torch.empty(1, 4, 64, 64, device="meta")
@@ -217,6 +220,5 @@ def test_memory_at_512_pixels(blocks: int, record_property: pytest.RecordPropert
     working = live.peak_bytes
     told = [f"{size / MIB:.4g}" for size in (plain.bytes, kept, working)]
     record_property("mib", "plain {}, lean {}, lean while it works {}".format(*told))
-    assert kept == 4 * 64 * 64 * 4 < CHECKPOINTED[blocks] * MIB
-    if blocks == 4:
-        assert working < 0.42 * plain.bytes
+    assert kept == 4 * 64 * 64 * 4
+    assert working / MIB == pytest.approx(WORKING[blocks], abs=1)
