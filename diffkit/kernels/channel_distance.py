@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffkit.kernels.choice import fused
-from diffkit.kernels.masked_distance import arithmetic, piece_size
+from diffkit.kernels.masked_distance import arithmetic, mask_of, piece_size
 
 __all__ = ["Normed", "normed", "normed_slope"]
 
@@ -51,11 +51,11 @@ def normed(predicted: Tensor, target: Tensor, keep: Tensor | None, eps: float, o
         else:
             norm_p[:, :, rows] = _norm(p)
             change = (p / (norm_p[:, :, rows] + eps)).sub_(t / (norm_t[:, :, rows] + eps))
-        total += _without(change, keep, rows).square_().sum((2, 3))
+        total += _masked(change, keep, rows).square_().sum((2, 3))
     if keep is None:
         kept = torch.full_like(total, h * w)
     else:
-        kept = keep.sum((2, 3), dtype=total.dtype).clamp_min_(1)
+        kept = keep.view(torch.uint8).sum((2, 3)).to(total.dtype).clamp_min_(1)
     return Normed(total / kept, kept, norm_p, norm_t)
 
 
@@ -91,11 +91,11 @@ def normed_slope(
             length = norm_p[:, :, rows]
             n_p = length + eps
             slope = (p / n_p).sub_(t / n_t).mul_(scale[:, :, None, None])
-            slope = _without(slope, keep, rows)
+            slope = _masked(slope, keep, rows)
             along = (slope * p).sum(1, keepdim=True)
             slope.div_(n_p).addcmul_(p, -along / (length * n_p.square()))
             slope.masked_fill_(length == 0, 0)
-        result[:, :, rows] = _without(slope, keep, rows) if norm_p is None else slope
+        result[:, :, rows] = _masked(slope, keep, rows) if norm_p is None else slope
     return result
 
 
@@ -103,9 +103,9 @@ def _norm(x: Tensor) -> Tensor:
     return x.square().sum(1, keepdim=True).sqrt_()
 
 
-def _without(x: Tensor, keep: Tensor | None, rows: slice) -> Tensor:
-    """x, a temporary, with zeros where the mask leaves something out."""
-    return x if keep is None else x.masked_fill_(~keep[:, :, rows], 0)
+def _masked(x: Tensor, keep: Tensor | None, rows: slice) -> Tensor:
+    """m x in the place of x, a temporary."""
+    return x if keep is None else x.mul_(mask_of(keep[:, :, rows], x.dtype))
 
 
 def _strips(maps: Tensor) -> Iterator[slice]:

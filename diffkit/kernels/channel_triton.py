@@ -129,9 +129,10 @@ def _normed(
         change = (p - t) / n_t
         if OWN:
             change = p / n_p - t / n_t
-        change = tl.where(kept, change, 0.0)
+        m = kept.to(tl.float32)
+        change = change * m
         tl.store(sums + c, tl.sum(change * change, axis=1), mask=c < channels)
-        tl.store(sums + step + c, tl.sum(kept.to(tl.float32), axis=1), mask=c < channels)
+        tl.store(sums + step + c, tl.sum(m, axis=1), mask=c < channels)
 
 
 @triton.jit
@@ -181,7 +182,7 @@ def _slope(
             p = load(p_map, b, c, x, p_b, p_c, p_x, inside)
             t = load(t_map, b, c, x, t_b, t_c, t_x, inside)
             weight = tl.load(scale + c, mask=c < channels, other=0.0)[:, None]
-            dots += tl.where(kept, weight * (p / n_p - t / n_t) * p, 0.0)
+            dots += weight * (p / n_p - t / n_t) * p * kept.to(tl.float32)
         along = (tl.sum(dots, axis=0) / tl.where(length == 0, 1.0, length))[None, :] / (n_p * n_p)
         there_p = (length != 0)[None, :]
     for first in range(0, channels, TILE_C):
@@ -190,11 +191,12 @@ def _slope(
         kept = kept_of(m_map, b, c, x, m_b, m_c, m_x, inside, MASKED)
         p = load(p_map, b, c, x, p_b, p_c, p_x, inside)
         t = load(t_map, b, c, x, t_b, t_c, t_x, inside)
+        m = kept.to(tl.float32)
         weight = tl.load(scale + c, mask=c < channels, other=0.0)[:, None]
         if OWN:
-            value = tl.where(kept, weight * (p / n_p - t / n_t), 0.0) / n_p - along * p
+            value = m * weight * (p / n_p - t / n_t) / n_p - along * p
             value = tl.where(there_p, value, 0.0)
         else:
-            value = tl.where(kept, weight * (p - t) / (n_t * n_t), 0.0)
+            value = m * weight * (p - t) / (n_t * n_t)
         place = result + b * r_b + c[:, None].to(tl.int64) * r_c + x[None, :].to(tl.int64) * r_x
         tl.store(place, value.to(result.dtype.element_ty), mask=inside)

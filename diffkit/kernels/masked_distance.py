@@ -2,7 +2,7 @@
 
 All maps are (B, C, H, W); a row is one channel of one sample. The arithmetic is float32 (float64
 for float64 maps) whatever the dtype of the maps, and goes through them in pieces, so that no wider
-copy of a whole map is made. What a mask leaves out enters no number, even if it is infinite.
+copy of a whole map is made. Masks are factors: an infinite entry is not hidden by one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from diffkit.kernels.choice import fused
 
-__all__ = ["Combination", "Moments", "Which", "arithmetic", "combine", "moments", "piece_size"]
+__all__ = [
+    "Combination",
+    "Moments",
+    "Which",
+    "arithmetic",
+    "combine",
+    "mask_of",
+    "moments",
+    "piece_size",
+]
 
 Which = Literal["prediction", "target", "each", "joint"]
 Place = tuple[slice, slice]
@@ -45,11 +54,14 @@ class Moments(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """Numbers (B, C) of m (of_d (p - t - mean_d) + of_p (p - mean_p) + of_t (t - mean_t))."""
+    """Numbers (B, C) of m (of_d (p - t - mean_d) + of_p (p - mean_p) + of_t (t - mean_t)).
+
+    Without `of_t` it is m (of_d (p - t) + of_p (p - mean_p)).
+    """
 
     of_d: Tensor
     of_p: Tensor
-    of_t: Tensor
+    of_t: Tensor | None
     mean_d: Tensor
     mean_p: Tensor
     mean_t: Tensor
@@ -73,22 +85,21 @@ def moments(predicted: Tensor, target: Tensor, keep: Tensor | None, which: Which
         return masked_triton.moments(predicted, target, keep, which)
     dtype, shape = arithmetic(predicted), predicted.shape[:2]
     found = torch.zeros(8, *shape, dtype=dtype, device=predicted.device)
-    for place, p, t, out in _pieces(predicted, target, keep):
+    for place, p, t, m in _pieces(predicted, target, keep):
         numbers = found[:, place[0], place[1]]
-        count = _count(p, out)
-        d = _without(p - t, out)
-        numbers[0], numbers[1] = count, d.square().sum(-1) / count
+        count = p.shape[-1] if m is None else m.sum(-1).clamp_min_(1)
+        d = _masked(p - t, m)
+        numbers[0], numbers[1] = count, _squares(d) / count
         if which != "target":
-            numbers[2], p = _centred(p, out, count)
-            numbers[3] = p.square_().sum(-1) / count
+            numbers[2], p = _centred(p, m, count)
+            numbers[3] = _squares(p) / count
         if which != "prediction":
-            numbers[4], t = _centred(t, out, count)
+            numbers[4], t = _centred(t, m, count)
+            numbers[5] = _squares(t) / count
         if which == "joint":
-            _, d = _centred(d, out, count)
-            numbers[6] = d.square().sum(-1) / count
+            _, d = _centred(d, m, count)
+            numbers[6] = _squares(d) / count
             numbers[7] = d.mul_(t).sum(-1) / count
-        if which != "prediction":
-            numbers[5] = t.square_().sum(-1) / count
     return Moments(*found)
 
 
@@ -102,21 +113,25 @@ def combine(
         return masked_triton.combine(predicted, target, keep, coefficients)
     result = torch.empty_like(predicted)
     c = coefficients
-    for (rows, channels), p, t, out in _pieces(predicted, target, keep):
+    for (rows, channels), p, t, m in _pieces(predicted, target, keep):
 
         def of(numbers: Tensor, rows: slice = rows, channels: slice = channels) -> Tensor:
             return numbers[rows, channels, None]
 
-        total = (p - t).sub_(of(c.mean_d)).mul_(of(c.of_d))
-        total.addcmul_(p - of(c.mean_p), of(c.of_p)).addcmul_(t - of(c.mean_t), of(c.of_t))
-        result[rows, channels] = _without(total, out).view_as(result[rows, channels])
+        total = p - t
+        if c.of_t is not None:
+            total.sub_(of(c.mean_d))
+        total.mul_(of(c.of_d)).addcmul_(p - of(c.mean_p), of(c.of_p))
+        if c.of_t is not None:
+            total.addcmul_(t - of(c.mean_t), of(c.of_t))
+        result[rows, channels] = _masked(total, m).view_as(result[rows, channels])
     return result
 
 
 def _pieces(
     predicted: Tensor, target: Tensor, keep: Tensor | None
 ) -> Iterator[tuple[Place, Tensor, Tensor, Tensor | None]]:
-    """Parts (b, c, N) of the maps in the dtype of the arithmetic, and of what the mask leaves out.
+    """Parts (b, c, N) of the maps and the mask in the dtype of the arithmetic.
 
     They may be views of the maps: not to be written to.
     """
@@ -128,22 +143,26 @@ def _pieces(
         for c in range(0, channels, per_row):
             place = (slice(b, b + per_sample), slice(c, c + per_row))
             p, t = (maps[place].flatten(2).to(dtype) for maps in (predicted, target))
-            yield place, p, t, None if keep is None else ~keep[place].flatten(2)
+            m = None if keep is None else mask_of(keep[place].flatten(2), dtype)
+            yield place, p, t, m
 
 
-def _count(p: Tensor, out: Tensor | None) -> Tensor:
-    if out is None:
-        return p.new_full(p.shape[:-1], p.shape[-1])
-    return (p.shape[-1] - out.sum(-1, dtype=p.dtype)).clamp_min_(1)
+def mask_of(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 and 1; on a CPU bytes become floats six times as fast as booleans do."""
+    return keep.view(torch.uint8).to(dtype)
 
 
-def _without(x: Tensor, out: Tensor | None) -> Tensor:
-    """x, a temporary, with zeros where the mask leaves something out."""
-    return x if out is None else x.masked_fill_(out, 0)
+def _masked(x: Tensor, m: Tensor | None) -> Tensor:
+    """m x in the place of x, a temporary."""
+    return x if m is None else x.mul_(m)
 
 
-def _centred(x: Tensor, out: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
+def _squares(x: Tensor) -> Tensor:
+    # The sum of squares without a temporary as large as x.
+    return torch.linalg.vector_norm(x, dim=-1).square_()
+
+
+def _centred(x: Tensor, m: Tensor | None, count: Tensor | int) -> tuple[Tensor, Tensor]:
     """The mean over what is kept, and x minus it, 0 elsewhere."""
-    kept = x if out is None else x.masked_fill(out, 0)
-    mean = kept.sum(-1) / count
-    return mean, _without(x - mean[..., None], out)
+    mean = (x if m is None else x * m).sum(-1) / count
+    return mean, _masked(x - mean[..., None], m)

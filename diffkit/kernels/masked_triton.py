@@ -57,7 +57,7 @@ def combine(predicted: Tensor, target: Tensor, keep: Tensor | None, numbers: Com
             p,
             t,
             m,
-            torch.stack(numbers),
+            _stacked(numbers),
             result,
             *(p.shape[1], pixels),
             *(*flat_strides(p), *flat_strides(t), *flat_strides(m), *flat_strides(result)),
@@ -73,6 +73,12 @@ def prepared(p: Tensor, t: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor,
     """Maps and mask as the programs address them: pixels in one row, the mask in bytes."""
     mask = None if keep is None else flattenable(keep.view(torch.uint8))
     return flattenable(p), flattenable(t), mask
+
+
+def _stacked(numbers: Combination) -> Tensor:
+    """(6, B, C), zeros for what is not given."""
+    none = torch.zeros_like(numbers.of_d)
+    return torch.stack([none if number is None else number for number in numbers])
 
 
 def _joined(sums: Tensor) -> Moments:
@@ -134,7 +140,7 @@ def kept_of(
 def _guess(tile: tl.tensor, kept: tl.tensor) -> tl.tensor:
     """The mean of what is kept of a tile (TILE_C, 1), 0 where there is nothing."""
     count = tl.sum(kept.to(tl.float32), axis=1, keep_dims=True)
-    total = tl.sum(tl.where(kept, tile, 0.0), axis=1, keep_dims=True)
+    total = tl.sum(tile * kept.to(tl.float32), axis=1, keep_dims=True)
     return total / tl.maximum(count, 1.0)
 
 
@@ -203,10 +209,11 @@ def _moments(
         kept = kept_of(m_map, b, c, x, m_b, m_c, m_x, inside, MASKED)
         p = load(p_map, b, c, x, p_b, p_c, p_x, inside)
         t = load(t_map, b, c, x, t_b, t_c, t_x, inside)
-        d = tl.where(kept, p - t, 0.0)
-        n += kept.to(tl.float32)
+        m = kept.to(tl.float32)
+        d = (p - t) * m
+        n += m
         square += d * d
-        off_p, off_t = tl.where(kept, p - guess_p, 0.0), tl.where(kept, t - guess_t, 0.0)
+        off_p, off_t = (p - guess_p) * m, (t - guess_t) * m
         if OF_P:
             sum_p += off_p
             square_p += off_p * off_p
@@ -214,7 +221,7 @@ def _moments(
             sum_t += off_t
             square_t += off_t * off_t
         if OF_D:
-            off_d = tl.where(kept, d - (guess_p - guess_t), 0.0)
+            off_d = (d - (guess_p - guess_t)) * m
             sum_d += off_d
             square_d += off_d * off_d
             product += off_d * off_t
@@ -277,6 +284,6 @@ def _combine(
     of_t, mean_d = tl.load(row + 2 * step, mask=known), tl.load(row + 3 * step, mask=known)
     mean_p, mean_t = tl.load(row + 4 * step, mask=known), tl.load(row + 5 * step, mask=known)
     value = of_d * ((p - t) - mean_d) + of_p * (p - mean_p) + of_t * (t - mean_t)
-    value = tl.where(kept, value, 0.0)
+    value = value * kept.to(tl.float32)
     place = result + b * r_b + c[:, None].to(tl.int64) * r_c + x[None, :].to(tl.int64) * r_x
     tl.store(place, value.to(result.dtype.element_ty), mask=inside)

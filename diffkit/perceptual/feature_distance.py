@@ -63,7 +63,8 @@ def feature_distance(
     Arguments:
         predicted: (B, C, H, W), any floating dtype.
         target: the same shape and dtype; no gradient reaches it.
-        keep: bool (B, C, H, W); everything if None. What it leaves out may be infinite.
+        keep: bool (B, C, H, W); everything if None. An infinite feature makes the value NaN
+            wherever it is: it is an overflow, no outlier.
         norm: "spatial" as above. "channel_norm_target" divides each pixel's channel vector of both
             maps by the norm of the target's, plus 1e-6, as LPIPS and the public script of diffusers
             do; the mask then multiplies the squared difference and `stats` must be "prediction".
@@ -187,10 +188,10 @@ class _Spatial(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-        predicted, target, keep, *numbers = ctx.saved_tensors
+        predicted, target, keep, of_d, of_p, of_t, *means = ctx.saved_tensors
         scale = grad[:, None] / predicted.shape[1]
-        weights, means = (scale * number for number in numbers[:3]), numbers[3:]
-        slope = Combination(*weights, *means)
+        of_t = None if of_t is None else scale * of_t
+        slope = Combination(scale * of_d, scale * of_p, of_t, *means)
         return masked_distance.combine(predicted, target, keep, slope), *(None,) * 4
 
 
@@ -200,7 +201,7 @@ def _shared_values(found: Moments, stats: Stats) -> tuple[Tensor, Combination]:
     rows, none = found.square / sd2, torch.zeros_like(sd2)
     of_d = 2 / (found.kept * sd2)
     of_p = -rows * of_d if stats == "prediction" else none
-    return rows, Combination(of_d, of_p, none, none, found.mean_p, none)
+    return rows, Combination(of_d, of_p, None, none, found.mean_p, none)
 
 
 def _own_values(found: Moments, stats: Stats) -> tuple[Tensor, Combination]:

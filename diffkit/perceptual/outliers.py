@@ -109,10 +109,10 @@ def _spread(marks: Tensor, reach: int) -> Tensor:
         source, length = marks, marks.shape[axis]
         marks = source.clone() if reach else source
         for step in range(1, min(reach, length - 1) + 1):
-            marks.narrow(axis, step, length - step).logical_or_(
+            marks.narrow(axis, step, length - step).bitwise_or_(
                 source.narrow(axis, 0, length - step)
             )
-            marks.narrow(axis, 0, length - step).logical_or_(
+            marks.narrow(axis, 0, length - step).bitwise_or_(
                 source.narrow(axis, step, length - step)
             )
     return marks
