@@ -58,11 +58,11 @@ class Objective(Protocol):
     Only parameters with `requires_grad` are trained, averaged and kept in checkpoints. A player
     that uses another one in its loss must not register it as a submodule.
 
-    Objectives subclass this protocol. `begin`, `watched`, `stepped`, `state` and `inspect` have
-    defaults that do nothing; they are for what changes from step to step beside the weights:
-    averages, controllers, views of the weights. Such things may only be computed from what is
-    equal on all processes (`means`, weights after a step), so that a run does not depend on how
-    its batches are split.
+    Objectives subclass this protocol. `begin`, `shown`, `watched`, `stepped`, `state` and `inspect`
+    have defaults that do nothing; they are for what changes from step to step beside the weights:
+    averages, controllers, views of the weights. Such things may only be computed from what is equal
+    on all processes (`means`, weights after a step), so that a run does not depend on how its
+    batches are split.
     """
 
     def players(self) -> Mapping[str, nn.Module]:
@@ -92,6 +92,10 @@ class Objective(Protocol):
     def shared(self, draws: Any) -> Any:
         """What frozen networks say about the draws: no gradient, autocast, once for all phases."""
         ...
+
+    def shown(self) -> Sequence[str]:
+        """Names of logged terms that the progress line shows beside the loss."""
+        return ()
 
     def watched(self) -> Sequence[str]:
         """Names of the player's terms whose means `stepped` gets; they must be in every forward."""

@@ -292,6 +292,10 @@ class LatentPerceptualObjective(DenoisingObjective):
         gated = gate.nonzero().flatten().to(self._device, non_blocking=True)
         return GatedDraws(**{f.name: getattr(draws, f.name) for f in fields(draws)}, gated=gated)
 
+    def shown(self) -> Sequence[str]:
+        """The part that the perceptual loss has, and its weight."""
+        return ("lpl_share", "lpl_weight")
+
     def watched(self) -> Sequence[str]:
         """Both losses and the variances."""
         return ("denoising_loss", "lpl", *(f"lpl_variance_{n}" for n in self._perceptual.names))

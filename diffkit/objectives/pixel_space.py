@@ -358,6 +358,10 @@ class PixelObjective(DenoisingObjective):
         pixel, error = self._sums["pixel"], self._sums["error"]
         return torch.where(error > 0, pixel / error, 0)
 
+    def shown(self) -> Sequence[str]:
+        """The pixel term beside the latent one, and lambda."""
+        return ("pixel_ratio", "pixel_weight")
+
     def watched(self) -> Sequence[str]:
         """What lambda and g are made of; there is no pixel loss in a step that does not decode."""
         return ("latent_loss", "pixel_loss", "weighted_error")

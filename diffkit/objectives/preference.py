@@ -134,6 +134,10 @@ class PreferenceObjective(Objective):
         """Training step `step` = 0, 1, ... is about to run."""
         self._step = step
 
+    def shown(self) -> Sequence[str]:
+        """How many pairs are told apart, and whether winners get worse."""
+        return ("accuracy", "winner_drift")
+
     def watched(self) -> Sequence[str]:
         """Errors, margins and squares, as far as something follows from them."""
         return self._state.watched()

@@ -29,6 +29,8 @@ __all__ = ["dry_run", "state_bytes"]
 Data = TrainingData | StreamedData | PairedData | PreferenceData
 
 _GIB = 1024**3
+_MEASURED = 4
+"""Micro-batches that a dry run measures, after one that does not count."""
 
 
 def state_bytes(module: nn.Module, ema: bool) -> int:
@@ -108,21 +110,21 @@ def _costs(config: TrainConfig, accelerator: Any, data: Data, objective: Objecti
 
 
 def _measure(config: TrainConfig, accelerator: Any, data: Data, objective: Objective) -> float:
-    """Seconds of one training step on this process; the second of two micro-batches counts.
+    """Seconds of one training step on this process: the mean of some micro-batches after the first.
 
-    The first is one of the run's first step, the second one of its last, by when what starts later
-    has started and what calibrates at first has ended.
+    Several, since what a step does may hang on its times; as of the run's last steps, by when what
+    starts later has started and what calibrates at first has ended.
     """
     players = objective.players()
     for module in players.values():
         module.to(accelerator.device)
     objective.place(accelerator.device)
     world, rank = accelerator.num_processes, accelerator.process_index
-    seconds = 0.0
-    for step in (0, config.max_steps - 1):
-        objective.begin(step)
+    costs = []
+    for number in range(1 + _MEASURED):
+        objective.begin(max(0, config.max_steps - number) if number else 0)
         began = time.perf_counter()
-        batch = next(iter(data.batches(0, 1, rank, world, config.accumulation)))
+        batch = next(iter(data.batches(number, number + 1, rank, world, config.accumulation)))
         with accelerator.autocast():
             draws = objective.draw(batch, 0)
             with torch.no_grad():
@@ -136,5 +138,5 @@ def _measure(config: TrainConfig, accelerator: Any, data: Data, objective: Objec
             if accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             cost += (time.perf_counter() - began) * phase.repeats / phase.every
-        seconds = cost * config.accumulation
-    return seconds
+        costs.append(cost * config.accumulation)
+    return sum(costs[1:]) / _MEASURED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,10 +28,11 @@ class Report:
     Arguments:
         start: steps made before this run went on.
         total: steps in all.
+        shown: names in the row that are shown beside the losses.
     """
 
-    def __init__(self, start: int, total: int) -> None:
-        self._start, self._total = start, total
+    def __init__(self, start: int, total: int, shown: Sequence[str] = ()) -> None:
+        self._start, self._total, self._shown = start, total, shown
         self._began = self._said = time.monotonic()
         self._bar: Any = None
 
@@ -60,6 +62,7 @@ class Report:
         step = row["step"]
         pace = (now - self._began) / (step - self._start)
         losses = [f"{k} {v:.4g}" for k, v in row.items() if k == "loss" or k.endswith("/loss")]
+        losses += [f"{k} {row[k]:.4g}" for k in self._shown if row.get(k) is not None]
         left = duration(pace * (self._total - step))
         text = f"{'  '.join(losses)}  lr {row['lr']:.3g}  {pace:.3g} s/step  {left} left"
         if self._bar is not None:

@@ -131,7 +131,7 @@ class Trainer:
             track=tracker.row,
         )
         self.metrics.rewind(start)
-        report = Report(start, config.max_steps)
+        report = Report(start, config.max_steps, self.objective.shown())
         place = (self.accelerator.process_index, self.accelerator.num_processes)
         stream = self.data.batches(
             start, config.max_steps, *place, config.accumulation, config.workers

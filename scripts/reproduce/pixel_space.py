@@ -21,11 +21,11 @@ from diffusers import DDIMScheduler
 from runner.experiment import Cell, Experiment, Results, digest
 from runner.inputs import ASSETS, asset_digests, pictures
 from runner.main import main
+from runner.perception import laplacian_energy
 from runner.report import MORE, Measure, contrast_table
 from runner.scores import BATCH, BINS, generate, held_out_draws, read_pairs
 from runner.stages import train_stages
 from runner.work import claim
-from torch import Tensor, nn
 
 from diffkit.files import read_jsonl
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -132,17 +132,6 @@ def train(cell: Cell, data: Path) -> Path:
 
 
 # -- measures -----------------------------------------------------------------------------------
-
-
-def laplacian_energy(images: Tensor) -> Tensor:
-    """Mean square of the discrete Laplacian of each picture, (n, C, H, W) -> (n,), float64.
-
-    4 x - (the four neighbours), borders left out: the energy of edges and grain.
-    """
-    kernel = torch.tensor([[0.0, -1.0, 0.0], [-1.0, 4.0, -1.0], [0.0, -1.0, 0.0]]).double()
-    channels = images.shape[1]
-    weight = kernel.expand(channels, 1, 3, 3)
-    return nn.functional.conv2d(images.double(), weight, groups=channels).square().mean((1, 2, 3))
 
 
 @torch.no_grad()
