@@ -86,6 +86,7 @@ def test_turned_labels_are_said_and_more_flips_hold_the_fewer() -> None:
         }
 
 
+@pytest.mark.slow
 def test_a_tiny_cell(cell: Callable[..., Cell]) -> None:
     """Adaptive-DPO has all measures; made again, the finished run is only measured."""
     one = cell("Adaptive, none", 1)
