@@ -162,9 +162,18 @@ class PreferenceObjective(Objective):
         raise RunFailed(
             f"step {self._step + 1}: the error of the winners has grown to {drift:.3f} times the "
             f"start model's, beyond preference.drift_limit = {limit:g}: the model prefers them by "
-            "making the losers still worse. Try a lower --learning-rate, --preference.anchor 0.05, "
-            "--preference.sdpo, or a larger --preference.kappa."
+            "making the losers still worse. The last checkpoint is kept: the same command with "
+            f"--max-steps set to its step {self._same_weights()}writes its result, and a higher "
+            "--preference.drift-limit goes on from it. A new run may do better with a lower "
+            "--learning-rate, --preference.anchor 0.05, --preference.sdpo, or a larger "
+            "--preference.kappa."
         )
+
+    def _same_weights(self) -> str:
+        """The flag that lets a shorter run weigh its pairs as this one does."""
+        if not self.config.adaptive:
+            return ""
+        return f"and --adaptive.warmup-steps {self._warmup} "
 
     # -- a step -------------------------------------------------------------------------------
 

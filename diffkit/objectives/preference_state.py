@@ -104,7 +104,7 @@ class PreferenceState:
             self._add("pixel_difference", 1.0)
         if config.pixel == "dpo" and config.pixel_kappa is None:
             self._add("pixel_gain", 1.0, (2,))
-        if config.drift_limit is not None:
+        if config.referenced or config.drift_limit is not None:
             self._add("winner_drift", _DRIFT, (2,))
 
     def _add(self, name: str, decay: float, shape: tuple[int, ...] = ()) -> None:

@@ -48,12 +48,17 @@ class PreferenceTraining(TrainConfig):
         """With the canonical form of the denoising values, and the warm-up in steps.
 
         The warm-up decides the weights of steps that were made: another --max-steps may not change
-        it.
+        it. The limit of the winners' drift is no part of what the run is, beyond that simpo looks at
+        the start model for it.
         """
+        preference = self.preference
+        if preference.referenced or preference.drift_limit is not None:
+            preference = replace(preference, drift_limit=PreferenceConfig().drift_limit)
         adaptive = self.adaptive
         if self.preference.adaptive:
             adaptive = replace(adaptive, warmup_steps=adaptive.warmup(self.max_steps))
-        return replace(self, denoising=self.denoising.canonical(), adaptive=adaptive)
+        denoising = self.denoising.canonical()
+        return replace(self, preference=preference, denoising=denoising, adaptive=adaptive)
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""

@@ -297,8 +297,9 @@ def test_the_run_stops_when_winners_drift(tiny_sd):
     nudge(objective, 0.3)
     for number in range(1, 4):
         step(objective, pairs(), number)
-    with pytest.raises(RunFailed, match=r"step 4: the error of the winners has grown to"):
+    with pytest.raises(RunFailed, match=r"step 4: the error of the winners has grown to") as caught:
         objective.inspect()
+    assert "with --max-steps set to its step writes its result" in str(caught.value)
 
 
 def test_alpha_follows_the_last_step(tiny_sd):

@@ -141,3 +141,20 @@ def test_a_longer_run_keeps_its_warm_up(flags, tmp_path, capsys):
     assert "adaptive.warmup_steps: 2 there, 4 now" in capsys.readouterr().err
     assert main(["train", "preference", *longer[:-1], "4", "--adaptive.warmup-steps", "2"]) == 0
     assert len(rows(tmp_path / "out")) == 4
+
+
+def test_a_stopped_run_gives_its_result(flags, tmp_path, capsys):
+    """A run that drifts stops before its checkpoint is written. It had no way out but to do so
+    again: the limit was part of what the run is. Now a shorter run, or another limit, ends it."""
+    limit = ("--preference.drift-limit", "1.0000001", "--learning-rate", "0.05")
+    more = ("--checkpoint-every", 1, "--log-every", 1, "--warmup-steps", 1, *limit)
+    assert main(["train", "preference", *flags(*more, "--max-steps", 9)]) == 1
+    said = capsys.readouterr().err
+    assert "with --max-steps set to its step writes its result" in said
+    made = sorted((tmp_path / "out" / "checkpoints").glob("step-*"))
+    last = int(made[-1].name.removeprefix("step-"))
+    assert main(["train", "preference", *flags(*more, "--max-steps", last)]) == 0
+    assert (tmp_path / "out" / "model" / "model_index.json").exists()
+    free = ("--preference.drift-limit", "1e9", "--max-steps", last + 1)
+    assert main(["train", "preference", *flags(*more, *free)]) == 0
+    assert "going on after step" in capsys.readouterr().err
