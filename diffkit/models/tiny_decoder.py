@@ -115,7 +115,7 @@ def _load(source: str) -> Any:
     if path.is_dir():
         _check_folder(path)
         options["local_files_only"] = True
-    elif not is_hub_id(source):
+    elif not is_hub_id(source) or path.parent.is_dir():  # owner/name beside a folder "owner"
         raise UserError(
             f"{source}: no such tiny decoder. Give a folder with an {_CLASS} (config.json and "
             "safetensors), or a hub id such as 'owner/name'."
@@ -126,6 +126,10 @@ def _load(source: str) -> Any:
         first = str(error).strip().splitlines()[0]
         if not path.is_dir() and "safetensors" in first:
             raise only_pickles(source) from error
+        if not path.is_dir() and isinstance(error, OSError):
+            raise UserError(
+                f"{source}: cannot be fetched from the hub, nor is it a path ({first})"
+            ) from error
         raise UserError(f"{source}: cannot be loaded as an {_CLASS}: {first}") from error
 
 
@@ -136,4 +140,5 @@ def _check_folder(path: Path) -> None:
         raise UserError(f"{path}: there is no config.json in it; give the folder of an {_CLASS}.")
     name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
     if name != _CLASS:
-        raise UserError(f"{path}: holds a {name}, not an {_CLASS}.")
+        article = "an" if str(name)[:1] in "AEIOU" else "a"
+        raise UserError(f"{path}: holds {article} {name}, not an {_CLASS}.")

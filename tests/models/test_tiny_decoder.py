@@ -102,7 +102,7 @@ def test_what_is_no_tiny_decoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such tiny decoder"):
         load_tiny_decoder(str(tmp_path / "nothing" / "here" / "x"), codec())
     tiny.vae().save_pretrained(tmp_path / "vae")
-    with pytest.raises(UserError, match="holds a AutoencoderKL, not an AutoencoderTiny"):
+    with pytest.raises(UserError, match="holds an AutoencoderKL, not an AutoencoderTiny"):
         load_tiny_decoder(str(tmp_path / "vae"), codec())
     network().save_pretrained(tmp_path / "pickled", safe_serialization=False)
     with pytest.raises(UserError, match="pickle"):
@@ -114,3 +114,13 @@ def test_what_is_no_tiny_decoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bare" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
     with pytest.raises(UserError, match="cannot be loaded as an AutoencoderTiny"):
         load_tiny_decoder(str(tmp_path / "bare"), codec())
+
+
+def test_a_missing_folder_beside_others_is_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network was asked for "folder/missing" for half a minute, though "folder" is here."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="folder/missing: no such tiny decoder"):
+        load_tiny_decoder("folder/missing", codec())
