@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffkit.data.images import BadImage, decode
 from diffkit.data.layout import Problem, read_layout
+from diffkit.data.preference_columns import none_left
 from diffkit.data.preference_layout import is_pair_folder, read_pair_layout
 from diffkit.data.scan import threaded
 
@@ -65,10 +66,11 @@ def check(
 
     A folder whose table names pairs of pictures is read as one of preference pairs. The kinds of
     problem, in the order of the report: "corrupt" (missing, empty, truncated, not a picture, of a
-    mode or a size that is not read), "caption without image", "bad caption", "bad row", "image
-    without caption", "pair without caption", "equal pictures" (a pair of a picture with itself),
-    "unlisted image", "too small" (a side below `smallest` pixels), "duplicate" (the same bytes, or
-    the same file named twice). Raises `UserError` when there is no such folder, no picture in it,
+    mode or a size that is not read), "caption without image", "bad caption", "bad row", "no pair"
+    (no row of a table of pairs prefers a picture), "no captions" (of pairs), "image without
+    caption", "pair without caption", "equal pictures" (a pair of a picture with itself), "unlisted
+    image", "too small" (a side below `smallest` pixels), "duplicate" (the same bytes, or the same
+    file named twice). Raises `UserError` when there is no such folder, no picture in it,
     or its table as a whole cannot be read.
     """
     if is_pair_folder(folder):
@@ -87,6 +89,8 @@ def _check_pairs(root: Path, caption_column: str | None, smallest: int) -> Repor
     layout = read_pair_layout(root, caption_column)
     files = [(name, root / name) for name in layout.names]
     problems = _pictures(files, smallest) + layout.faults + layout.remarks
+    if not layout.entries and not layout.faults:
+        problems.append(Problem(layout.table.name, "no pair", none_left(layout)))
     counts = {
         "captions": sum(len(entry.captions) for entry in layout.entries),
         "pairs": len(layout.entries),
@@ -111,6 +115,8 @@ _ORDER = (
     "caption without image",
     "bad caption",
     "bad row",
+    "no pair",
+    "no captions",
     "image without caption",
     "pair without caption",
     "equal pictures",

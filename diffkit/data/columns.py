@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,24 @@ from diffkit.errors import UserError
 
 __all__ = [
     "CAPTIONS",
+    "NUMBERED_PAIRS",
+    "RANKED_PAIR",
     "Columns",
     "captions_of",
     "content_hash",
     "encoded_of",
     "find_columns",
+    "has_pair_columns",
     "label_of",
+    "pairs_of_columns",
 ]
 
 CAPTIONS = ("text", "txt", "caption", "prompt")
 """Names under which captions are looked for, in this order."""
+
+RANKED_PAIR = ("winner", "loser")
+NUMBERED_PAIRS = (("image_0", "image_1"), ("jpg_0", "jpg_1"))
+"""Names of the two pictures of a preference pair."""
 
 _LABELS = ("label", "cls")
 
@@ -35,6 +43,19 @@ class Columns:
     caption: str | None
     label: str | None
     class_names: tuple[str, ...]
+
+
+def has_pair_columns(columns: Collection[str]) -> bool:
+    """Whether a table with these columns is meant as one of preference pairs."""
+    return any(name in columns for pair in (RANKED_PAIR, *NUMBERED_PAIRS) for name in pair)
+
+
+def pairs_of_columns(columns: Collection[str], place: str) -> UserError:
+    """What to say where single pictures are wanted and the columns are those of pairs."""
+    return UserError(
+        f"{place}: these are preference pairs: `diffkit train preference` trains on them. Its "
+        f"columns: {', '.join(columns)}."
+    )
 
 
 def find_columns(
@@ -58,6 +79,8 @@ def find_columns(
         pictures = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
         if len(pictures) != 1:
             if "image" not in features:
+                if has_pair_columns(features):
+                    raise pairs_of_columns(features, place)
                 raise UserError(
                     f"{place}: {len(pictures)} columns hold images; name the one to use. "
                     f"Its columns: {', '.join(features)}."

@@ -17,8 +17,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from diffkit.data.columns import has_pair_columns, pairs_of_columns
 from diffkit.data.images import EXTENSIONS
-from diffkit.data.metadata import Row, read_table
+from diffkit.data.metadata import Row, columns_of, read_table, require_columns
 from diffkit.errors import UserError
 
 __all__ = [
@@ -208,7 +209,11 @@ def _from_table(
     label_column: str | None,
 ) -> Layout:
     needed = ["file_name", *(column for column in (caption_column, label_column) if column)]
-    rows = read_table(table, needed)
+    rows = read_table(table)
+    columns = columns_of(table, rows)
+    if "file_name" not in columns and has_pair_columns(columns):
+        raise pairs_of_columns(columns, str(table))
+    require_columns(table, rows, needed)
     if not rows:
         raise UserError(f"{table}: has no rows.")
     caption_column, label_column = caption_column or "text", label_column or "label"

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from diffkit.errors import UserError
 
-__all__ = ["Row", "read_table"]
+__all__ = ["Row", "columns_of", "read_table", "require_columns"]
 
 Row: TypeAlias = dict[str, object]
 
@@ -29,13 +29,25 @@ def read_table(path: Path, needed: Sequence[str] = ()) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     rows = readers[path.suffix.lower()](path)
-    columns = sorted({column for row in rows for column in row})
+    require_columns(path, rows, needed)
+    return rows
+
+
+def require_columns(path: Path, rows: Sequence[Row], needed: Sequence[str]) -> None:
+    """Raise `UserError` when a table with these rows lacks one of the `needed` columns."""
+    columns = sorted(columns_of(path, rows))
     for column in needed:
         if rows and column not in columns:
             raise UserError(
                 f'{path}: has no column "{column}". Its columns are: {", ".join(columns)}.'
             )
-    return rows
+
+
+def columns_of(path: Path, rows: Sequence[Row]) -> list[str]:
+    """The columns of a table whose rows were read, each once; of a CSV all those of its header."""
+    if path.suffix.lower() == ".csv":
+        return list(dict.fromkeys(next(csv.reader(io.StringIO(_text(path))), [])))
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def _read_jsonl(path: Path) -> list[Row]:

@@ -16,23 +16,54 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
-from diffkit.data.columns import CAPTIONS
+from diffkit.data.columns import CAPTIONS, NUMBERED_PAIRS, RANKED_PAIR
 from diffkit.errors import UserError
 
-__all__ = ["PairColumns", "Verdict", "find_pair_columns", "has_pair_columns", "verdict"]
+__all__ = [
+    "PairColumns",
+    "Verdict",
+    "Tally",
+    "find_pair_columns",
+    "left_out",
+    "none_left",
+    "verdict",
+]
 
 Verdict: TypeAlias = Literal["first", "second", "tie", "no label"]
 """Which picture of a row was preferred."""
 
-_RANKED = ("winner", "loser")
-_NUMBERED = (("image_0", "image_1"), ("jpg_0", "jpg_1"))
 _LABELS = ("label_0", "label_1", "has_label")
 _KNOWN = (
     "winner and loser, or image_0, image_1 and label_0, or jpg_0, jpg_1 and label_0 "
     "(1 where the first picture is the better one, 0 where the second is, 0.5 for a tie)"
 )
+
+
+class Tally(Protocol):
+    """How many `rows` a table has, and which of them are no pairs to learn from.
+
+    `ties` prefer neither picture, `unlabelled` do not say, `equal` prefer a picture to itself.
+    """
+
+    rows: int
+    ties: int
+    unlabelled: int
+    equal: int
+
+
+def left_out(tally: Tally) -> str:
+    """The kinds of rows that are left out, with their numbers."""
+    text = f"{tally.ties} ties, {tally.unlabelled} without a label"
+    return f"{text}, {tally.equal} of a picture with itself" if tally.equal else text
+
+
+def none_left(tally: Tally) -> str:
+    """Why a table with these rows has no pair, for one that has none."""
+    if tally.unlabelled == tally.rows:
+        return f"none of its {tally.rows} rows has a label"
+    return f"none of its {tally.rows} rows prefers a picture ({left_out(tally)})"
 
 
 @dataclass(frozen=True)
@@ -52,11 +83,6 @@ class PairColumns:
         return (*self.pictures, *([self.caption] if self.caption else []), *self.labels)
 
 
-def has_pair_columns(columns: Collection[str]) -> bool:
-    """Whether a table with these columns is meant as one of pairs."""
-    return any(name in columns for pair in (_RANKED, *_NUMBERED) for name in pair)
-
-
 def find_pair_columns(
     columns: Collection[str], place: str, caption: str | None = None
 ) -> PairColumns:
@@ -68,7 +94,9 @@ def find_pair_columns(
     listed = f"Its columns: {', '.join(columns)}."
     if caption is not None and caption not in columns:
         raise UserError(f'{place}: has no column "{caption}". {listed}')
-    begun = [pair for pair in (_RANKED, *_NUMBERED) if any(name in columns for name in pair)]
+    begun = [
+        pair for pair in (RANKED_PAIR, *NUMBERED_PAIRS) if any(name in columns for name in pair)
+    ]
     if not begun:
         raise UserError(f"{place}: names no pairs of pictures; expected {_KNOWN}. {listed}")
     if len(begun) > 1:
@@ -79,12 +107,12 @@ def find_pair_columns(
         if name not in columns:
             raise UserError(f'{place}: has no column "{name}"; expected {_KNOWN}. {listed}')
     labels = tuple(name for name in _LABELS if name in columns)
-    if pictures == _RANKED and labels:
+    if pictures == RANKED_PAIR and labels:
         raise UserError(
             f"{place}: has {', '.join(labels)} beside winner and loser, which say already which "
             f"picture is the better one; keep one of the two. {listed}"
         )
-    if pictures != _RANKED and "label_0" not in labels:
+    if pictures != RANKED_PAIR and "label_0" not in labels:
         raise UserError(
             f'{place}: has no column "label_0", which says which picture of a row is the better '
             f"one (1 the first, 0 the second, 0.5 a tie). {listed}"

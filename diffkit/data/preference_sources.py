@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from diffkit.data.columns import captions_of, content_hash, encoded_of
 from diffkit.data.folder import PictureFiles, Record, refuse_faults
 from diffkit.data.hub import is_table, load_table
-from diffkit.data.preference_columns import find_pair_columns, verdict
+from diffkit.data.preference_columns import Tally, find_pair_columns, none_left, verdict
 from diffkit.data.preference_layout import read_pair_layout
 from diffkit.data.records import Encoded, ImageSource, Sample
 from diffkit.errors import UserError
@@ -30,18 +30,14 @@ class Pair(Sample):
     loser: int = field(default=0, kw_only=True)
 
 
-class PairSource(Protocol):
+class PairSource(Tally, Protocol):
     """A set of pairs of known length with random access, and the pictures that they are of.
 
-    A picture may belong to several pairs. `members[i]` are the (winner, loser) of pair i. Of the
-    `rows` of its table, `ties` and `unlabelled` ones are no pairs.
+    A picture may belong to several pairs. `members[i]` are the (winner, loser) of pair i.
     """
 
     pictures: ImageSource
     members: Sequence[tuple[int, int]]
-    rows: int
-    ties: int
-    unlabelled: int
 
     def __len__(self) -> int: ...
 
@@ -59,6 +55,7 @@ class PairFolder:
         layout = read_pair_layout(path, caption_column)
         refuse_faults(layout.root, layout.faults)
         self.rows, self.ties, self.unlabelled = layout.rows, layout.ties, layout.unlabelled
+        self.equal = layout.equal
         self.pictures: ImageSource = PictureFiles(
             [Record(i, name, path=layout.root / name) for i, name in enumerate(layout.names)]
         )
@@ -88,13 +85,15 @@ class PairTable:
 
     def __init__(self, table: Any, place: str, *, caption_column: str | None = None) -> None:
         columns = find_pair_columns(table.column_names, place, caption_column)
+        _require_embedded(table, columns.pictures, place)
         self.place = place
         self.rows = len(table)
         self._extras = table.remove_columns(columns.used)
         captions = list(table[columns.caption]) if columns.caption else [None] * self.rows
         labels = table.select_columns(list(columns.labels)) if columns.labels else None
         cells = labels[:] if labels is not None else {}
-        self.ties = self.unlabelled = 0
+        self.ties = self.unlabelled = self.equal = 0
+        same = _same(table, columns.pictures)
         members: list[tuple[int, int]] = []
         self._rows: list[int] = []
         self._captions: list[tuple[str, ...]] = []
@@ -105,7 +104,9 @@ class PairTable:
                 raise UserError(f"{place}, row {row}: {error}.") from error
             self.ties += said == "tie"
             self.unlabelled += said == "no label"
-            if said in ("first", "second"):
+            if said in ("first", "second") and row in same:
+                self.equal += 1
+            elif said in ("first", "second"):
                 first, second = 2 * len(members), 2 * len(members) + 1
                 members.append((first, second) if said == "first" else (second, first))
                 self._rows.append(row)
@@ -139,12 +140,6 @@ class TablePictures:
         self.columns = columns
         self._cells = []
         for name in columns:
-            kind = table.features[name]
-            if not (type(kind).__name__ == "Image" or isinstance(kind, dict) or _is_bytes(kind)):
-                raise UserError(
-                    f'{place}: "{name}" holds {kind}; in shards and hub sets the pictures of pairs '
-                    "are embedded, as images or as their bytes."
-                )
             cells = table.select_columns([name])
             self._cells.append(cells.cast_column(name, datasets.Image(decode=False)))
 
@@ -165,16 +160,47 @@ class TablePictures:
         return content_hash(self.encoded(index))
 
 
+def _require_embedded(table: Any, columns: tuple[str, str], place: str) -> None:
+    for name in columns:
+        kind = table.features[name]
+        if not (type(kind).__name__ == "Image" or isinstance(kind, dict) or _is_bytes(kind)):
+            raise UserError(
+                f'{place}: "{name}" holds {kind}; in shards and hub sets the pictures of pairs '
+                "are embedded, as images or as their bytes."
+            )
+
+
+def _same(table: Any, columns: tuple[str, str]) -> set[int]:
+    """The rows whose two pictures have the same bytes; only those of one length are read."""
+    import pyarrow.compute
+
+    def sizes(cells: Any) -> Any:
+        if pyarrow.types.is_struct(cells.type):
+            cells = pyarrow.compute.struct_field(cells, "bytes")
+        return pyarrow.compute.fill_null(pyarrow.compute.binary_length(cells), -1)
+
+    found, start = set(), 0
+    for part in table.select_columns(list(columns)).with_format("arrow").iter(1000):
+        first, second = (part.column(name) for name in columns)
+        alike = pyarrow.compute.equal(sizes(first), sizes(second)).to_pylist()
+        for place in (number for number, value in enumerate(alike) if value):
+            if _picture(first[place].as_py()) == _picture(second[place].as_py()):
+                found.add(start + place)
+        start += part.num_rows
+    return found
+
+
+def _picture(value: Any) -> Encoded:
+    return value if isinstance(value, bytes) else encoded_of(value)
+
+
 def _is_bytes(kind: Any) -> bool:
     return getattr(kind, "dtype", "") in ("binary", "large_binary")
 
 
 def _refuse_none(source: PairSource, place: str) -> None:
     if not len(source):
-        raise UserError(
-            f"{place}: none of its {source.rows} rows prefers a picture ({source.ties} ties, "
-            f"{source.unlabelled} without a label)."
-        )
+        raise UserError(f"{place}: {none_left(source)}.")
 
 
 def open_pairs(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from diffkit.console import progress, warn
+from diffkit.data.columns import CAPTIONS
 from diffkit.data.images import BadImage, read_header
 from diffkit.data.records import ImageSource, Sample, Size
 from diffkit.errors import UserError
@@ -79,9 +80,14 @@ def require_captions(source: _Samples, noun: str = "picture") -> None:
     bare = [source[index].name for index in range(len(source)) if not source[index].captions]
     if bare:
         named = ", ".join(bare[:_NAMED]) + (", ..." if len(bare) > _NAMED else "")
-        beside = ", or a NAME.txt beside every NAME.png" if noun == "picture" else ""
+        where = (
+            'a column "text" in metadata.jsonl, metadata.csv or metadata.parquet, or a NAME.txt '
+            "beside every NAME.png"
+        )
+        if noun == "pair":
+            named_so = f"{', '.join(CAPTIONS[:-1])} or {CAPTIONS[-1]}"
+            where = f"a text in the column {named_so} of the table, or that of --caption-column"
         raise UserError(
             f"{len(bare)} of {len(source)} {noun}s have no caption: {named}. Training on text "
-            'needs one for each: a column "text" in metadata.jsonl, metadata.csv or '
-            f"metadata.parquet{beside}."
+            f"needs one for each: {where}."
         )

@@ -12,6 +12,7 @@ from torch import nn
 from diffkit.data.folder import ImageFolder
 from diffkit.data.loader import TrainingData
 from diffkit.data.paired import PairedData
+from diffkit.data.preference_columns import left_out
 from diffkit.data.preferences import PreferenceData
 from diffkit.data.stream import StreamedData
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -82,8 +83,7 @@ def _costs(config: TrainConfig, accelerator: Any, data: Data, objective: Objecti
         noun = "pairs" if isinstance(data, PreferenceData) else "pictures"
         lines = [f"{noun}: {len(data)} ({data.steps_per_epoch:.1f} steps an epoch)"]
     if isinstance(data, PreferenceData):
-        ties, bare = data.source.ties, data.source.unlabelled
-        lines.append(f"left out of {data.source.rows} rows: {ties} ties, {bare} without a label")
+        lines.append(f"left out of {data.source.rows} rows: {left_out(data.source)}")
     wanted = config.companions()
     if wanted is not None:
         made = f"{wanted.count} are made first" if wanted.folder is None else f"{wanted.folder}"

@@ -15,6 +15,7 @@ from diffkit.data.hub import load_table, open_source
 from diffkit.data.labels import match_labels
 from diffkit.data.loader import TrainingData
 from diffkit.data.paired import PairedData
+from diffkit.data.preference_columns import left_out
 from diffkit.data.preference_sources import open_pairs
 from diffkit.data.preferences import PreferenceData
 from diffkit.data.recaption import Recaptioned
@@ -227,12 +228,9 @@ def _build_pairs(
     source = open_pairs(config.data, split=config.split, caption_column=config.caption_column)
     if classes is None and config.needs_captions():
         require_captions(source, "pair")
-    left = source.ties + source.unlabelled
+    left = source.ties + source.unlabelled + source.equal
     if left:
-        say(
-            f"{config.data}: {left} of {source.rows} rows are left out, {source.ties} ties and "
-            f"{source.unlabelled} without a label."
-        )
+        say(f"{config.data}: {left} of {source.rows} rows are left out: {left_out(source)}.")
     return PreferenceData(source, max_aspect=config.max_aspect, **options)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffkit.data.check import check
 from diffkit.data.folder import ImageFolder
+from diffkit.data.preference_sources import open_pairs
 from diffkit.data.scan import scan
 from diffkit.errors import UserError
 from tests.data.pairs import pair_folder
@@ -158,13 +159,13 @@ def test_problems_of_preference_pairs(tmp_path):
     }
     assert report.counts == {
         "images": 4,
-        "captions": 3,
-        "pairs": 4,
+        "captions": 2,
+        "pairs": 3,
         "ties": 1,
         "unlabelled": 1,
         "good": 2,
     }
-    assert "4 images, 3 captions, 4 pairs, 1 ties, 1 rows without a label" in report.summary()
+    assert "4 images, 2 captions, 3 pairs, 1 ties, 1 rows without a label" in report.summary()
 
 
 def test_good_pairs_have_no_problems(tmp_path):
@@ -178,3 +179,37 @@ def test_a_table_of_two_kinds_of_pairs_is_refused(tmp_path):
     write_jsonl(tmp_path / "metadata.jsonl", rows)
     with pytest.raises(UserError, match="has label_0 beside winner and loser"):
         check(tmp_path)
+
+
+def test_pairs_that_training_refuses_are_not_called_good(tmp_path):
+    """They were: rows that are all ties, and pairs without any caption."""
+    for name in "ab":
+        noise(40, 40, ord(name)).save(tmp_path / f"{name}.png")
+    row = {"image_0": "a.png", "image_1": "b.png"}
+    write_jsonl(tmp_path / "metadata.jsonl", [{**row, "label_0": 0.5, "text": "x"}] * 3)
+    (problem,) = check(tmp_path).problems
+    assert (problem.path, problem.kind) == ("metadata.jsonl", "no pair")
+    assert "none of its 3 rows prefers a picture (3 ties, 0 without" in problem.message
+    with pytest.raises(UserError, match="none of its 3 rows prefers a picture"):
+        open_pairs(tmp_path)
+    write_jsonl(tmp_path / "metadata.jsonl", [{**row, "label_0": 1}] * 3)
+    (problem,) = check(tmp_path).problems
+    assert (problem.path, problem.kind) == ("metadata.jsonl", "no captions")
+    assert "text, txt, caption or prompt; `--denoising.condition-dropout 1`" in problem.message
+    assert len(open_pairs(tmp_path)) == 3
+
+
+def test_a_table_of_pairs_and_single_pictures_is_refused_in_the_same_words(tmp_path):
+    """`check` took it for single pictures, and training for pairs."""
+    for name in "ab":
+        noise(40, 40, ord(name)).save(tmp_path / f"{name}.png")
+    rows = [{"file_name": "a.png", "winner": "a.png", "loser": "b.png", "text": "x"}]
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    said = []
+    for read in (check, open_pairs):
+        with pytest.raises(UserError, match="file_name, .* beside winner, loser, of") as caught:
+            read(tmp_path)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "winner": "x", "text": "x"}])
+    assert "pairs" not in check(tmp_path).counts

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from diffkit.data.preference_columns import (
-    PairColumns,
-    find_pair_columns,
-    has_pair_columns,
-    verdict,
-)
+from diffkit.data.columns import has_pair_columns
+from diffkit.data.preference_columns import PairColumns, find_pair_columns, verdict
 from diffkit.errors import UserError
 
 PICK_A_PIC = (

@@ -10,7 +10,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from diffkit.data.columns import find_columns
+from diffkit.data.folder import ImageFolder
+from diffkit.data.preference_columns import left_out
 from diffkit.data.preference_sources import PairFolder, PairTable, open_pairs
+from diffkit.data.scan import require_captions
 from diffkit.errors import UserError
 from tests.data.pairs import pair_folder
 from tests.data.pictures import encoded, noise, write_jsonl
@@ -155,3 +159,57 @@ def test_refused_folders(tmp_path):
         open_pairs(tmp_path)
     assert 'row 2: "winner" must be a path below the folder, not 3' in str(caught.value)
     assert f"diffkit data check {tmp_path}" in str(caught.value)
+
+
+def test_a_csv_without_any_label(tmp_path):
+    """It was said to have no column "label_0", though its header has."""
+    for name in "ab":
+        noise(40, 40, ord(name)).save(tmp_path / f"{name}.png")
+    text = "image_0,image_1,label_0,text\na.png,b.png,,x\nb.png,a.png,,x\n"
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match="none of its 2 rows has a label"):
+        open_pairs(tmp_path)
+
+
+def test_a_picture_preferred_to_itself_is_no_pair(tmp_path):
+    """Such pairs trained without a word, their loss at ln 2 for ever."""
+    for name in "ab":
+        noise(40, 40, ord(name)).save(tmp_path / f"{name}.png")
+    rows = [{"winner": "a.png", "loser": name, "text": "x"} for name in ("a.png", "b.png")]
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    source = open_pairs(tmp_path)
+    assert names(source) == [("a.png", "b.png", 1, ("x",))] and source.equal == 1
+    assert left_out(source) == "0 ties, 0 without a label, 1 of a picture with itself"
+    write_jsonl(tmp_path / "metadata.jsonl", rows[:1])
+    with pytest.raises(UserError, match="none of its 1 rows prefers .* 1 of a picture with itself"):
+        open_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [(), ("jpg_0",), ("jpg_0", "jpg_1")])
+def test_equal_bytes_in_a_table_are_no_pair(kinds):
+    rows = pick_a_pic(LABELS)
+    rows["jpg_1"][2] = rows["jpg_0"][2]
+    rows["jpg_1"][1] = rows["jpg_0"][1]  # a tie, and counted as one
+    table = datasets.Dataset.from_dict(rows)
+    for name in kinds:
+        table = table.cast_column(name, datasets.Image())
+    source = PairTable(table, "set")
+    assert (source.ties, source.unlabelled, source.equal) == (1, 1, 1)
+    assert [source[i].index for i in range(len(source))] == [0, 4]
+
+
+def test_pairs_given_to_a_method_of_single_pictures(tmp_path):
+    """They were told to name a column "file_name", or one of 0 columns of images."""
+    message = "these are preference pairs: `diffkit train preference` trains on them"
+    with pytest.raises(UserError, match=message):
+        ImageFolder(pair_folder(tmp_path, 2))
+    with pytest.raises(UserError, match=message):
+        find_columns(datasets.Dataset.from_dict(pick_a_pic(LABELS)).features, "set")
+
+
+def test_pairs_without_captions_are_told_where_captions_are_looked_for(tmp_path):
+    for name in "ab":
+        noise(40, 40, ord(name)).save(tmp_path / f"{name}.png")
+    write_jsonl(tmp_path / "metadata.jsonl", [{"winner": "a.png", "loser": "b.png"}])
+    with pytest.raises(UserError, match="1 of 1 pairs .* text, txt, caption or prompt of the"):
+        require_captions(open_pairs(tmp_path), "pair")

@@ -43,7 +43,7 @@ def test_a_dry_run_counts_pairs_and_what_is_left_out(words, tmp_path, capsys):
     said = capsys.readouterr()
     assert "pairs: 3 (1.5 steps an epoch)" in said.out
     assert "left out of 6 rows: 2 ties, 1 without a label" in said.out
-    assert "3 of 6 rows are left out, 2 ties and 1 without a label." in said.err
+    assert "3 of 6 rows are left out: 2 ties, 1 without a label." in said.err
     assert not (tmp_path / "out").exists()
 
 
