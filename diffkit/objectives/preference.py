@@ -14,6 +14,7 @@ moving averages in place of the trained ones. They run before the model itself, 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,8 @@ class PreferenceObjective(Objective):
         denoising: noise, times and dropout.
         max_steps: of the run, a part of which is Adaptive-DPO's warm-up.
         lora: name of the LoRA that is trained, None when all weights are.
+        size: edge of the training pictures in pixels, the model's own by default; the usual kappa
+            goes by it.
 
     Raises `UserError` for a config that this model cannot be trained with.
     """
@@ -79,12 +82,15 @@ class PreferenceObjective(Objective):
         denoising: DenoisingConfig,
         max_steps: int,
         lora: str | None = None,
+        size: int | None = None,
     ) -> None:
         config.check()
         adaptive.check()
         check_draws(config, denoising)
         self.model = model
-        self.config = config
+        edge = size or model.default_size
+        latents = model.latent_shape(edge, edge)
+        config = self.config = config.resolved(math.prod(latents))
         self._base = DenoisingObjective(model, denoising, lora)
         self._times = _listed_times(config, model)
         if config.pixel != "none":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from diffkit.errors import UserError
@@ -22,7 +22,7 @@ Loss = Literal[
     "adaptive_ipo",
 ]
 
-_KAPPA = 2500.0
+_KAPPA, _KAPPA_NUMBERS = 2500.0, 4 * 64 * 64
 _IPO_BETA = 100.0
 _PIXEL_WEIGHT = 2.0
 
@@ -36,14 +36,15 @@ class PreferenceConfig:
     has no reference; alpha_dpo; Adaptive-DPO (adaptive_dpo), and its weights on ipo
     (adaptive_ipo)."""
     kappa: float | None = None
-    """What multiplies the difference of mean squared errors: 2500 by default, half of Salesforce's
-    beta 5000. Means of smaller latents are noisier: 2500 is for 4 x 64 x 64, and 100 to 500 suit
-    2000 numbers or less. simpo by default measures it over its first 50 steps, so that the middle
+    """What multiplies the difference of mean squared errors: by default 2500, half of Salesforce's
+    beta 5000, for latents of 4 x 64 x 64 numbers and more, and less in proportion for smaller ones,
+    whose means are noisier (312 for 2048 numbers). simpo by default measures it over its first 50 steps, so that the middle
     pair has a logit of about 0.5, and then keeps it."""
     flip_rate: float | None = None
     """Share q of wrong labels that cdpo and rdpo reckon with, below 0.5."""
     ipo_beta: float | None = None
-    """The target of ipo's logit is 1 / (2 beta); 100 by default."""
+    """ipo's target of the difference of mean errors is 1 / (2 beta); 100 by default. Its loss is
+    multiplied by kappa beta / 2, which gives it dpo's slope where training starts."""
     sdpo: bool = False
     """Scale the loser's gradient down where it would raise the winner's error (Diffusion-SDPO)."""
     anchor: float = 0.0
@@ -135,12 +136,15 @@ class PreferenceConfig:
         """Whether the loss compares with the start model."""
         return self.loss != "simpo"
 
-    @property
-    def fixed_kappa(self) -> float | None:
-        """kappa; None where it is measured."""
-        if self.kappa is None and self.referenced:
-            return _KAPPA
-        return self.kappa
+    def resolved(self, numbers: int) -> PreferenceConfig:
+        """With the kappa of latents of so many numbers; None remains where it is measured.
+
+        2500 min(1, numbers / 16384): a mean over more numbers varies less, and a logit in the
+        proportion of a sum keeps its size. SDXL's 4 x 128 x 128 were published with 2500 as well.
+        """
+        if self.kappa is not None or not self.referenced:
+            return self
+        return replace(self, kappa=_KAPPA * min(1.0, numbers / _KAPPA_NUMBERS))
 
     @property
     def used_ipo_beta(self) -> float:

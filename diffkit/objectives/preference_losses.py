@@ -97,8 +97,8 @@ def hinge_loss(s: Tensor, kappa: float | Tensor) -> Tensor:
 def ipo_loss(s: Tensor, beta: float) -> Tensor:
     """(s - 1 / (2 beta))^2 (Azar et al. 2023).
 
-    Its gradient is smaller than DPO's by about kappa beta / 2: multiply it by kappa^2 before it
-    meets other terms, the clipping of gradients or Adam's epsilon.
+    Its slope at s = 0 is -1 / beta, DPO's -kappa / 2: multiply it by kappa beta / 2 before it meets
+    other terms, the clipping of gradients or Adam's epsilon.
     """
     return (s - 1 / (2 * beta)).square()
 

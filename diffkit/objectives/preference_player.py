@@ -97,6 +97,8 @@ class PreferencePlayer(nn.Module):
     - "accuracy": implicit accuracy, 1 where the model prefers the winner (more than the reference
       does), 1/2 where it has no preference;
     - "margin": s, without kappa;
+    - "logit": kappa |s|; means far above 5 say that kappa is too large: such pairs have no gradient,
+      or the full one, whatever s is;
     - "winner_error", "loser_error", "reference_error": e_th(w), e_th(l), e_ref(w);
     - "winner_drift": ratio of the first to the last;
     - "win_rate": 1 where e_th(w) < e_ref(w), 1/2 where they are equal: the share of winners that
@@ -106,7 +108,7 @@ class PreferencePlayer(nn.Module):
     Arguments:
         denoiser: the network.
         guidance: scale told to a network with a guidance embedding.
-        config, adaptive: of the loss.
+        config, adaptive: of the loss; a kappa of None is measured.
         decoder: of the latents, for the loss of decoded pictures.
     """
 
@@ -209,7 +211,8 @@ class PreferencePlayer(nn.Module):
         terms |= {"accuracy": implicit_accuracy(s), "margin": s}
         if config.loss == "alpha_dpo":
             terms["probability"] = torch.sigmoid(controls.kappa * s)
-        if config.fixed_kappa is None:
+        terms["logit"] = controls.kappa * s.abs()
+        if config.kappa is None:
             terms |= {"difference": s.abs(), "kappa": controls.kappa.expand_as(s)}
         return {"loss": loss, **terms}
 
@@ -232,8 +235,9 @@ class PreferencePlayer(nn.Module):
         if config.loss == "alpha_dpo":
             return alpha_dpo_loss(s, kappa, controls.alpha)
         if config.loss.endswith("ipo"):
-            # In the units of the other losses, for what is added, for clipping and for Adam.
-            loss = kappa.square() * ipo_loss(s, config.used_ipo_beta)
+            # DPO's slope at s = 0, for what is added, for clipping and for Adam.
+            beta = config.used_ipo_beta
+            loss = kappa * beta / 2 * ipo_loss(s, beta)
             return loss if judgement is None else judgement.weight * loss
         return dpo_loss(s, kappa)
 

@@ -79,7 +79,7 @@ class PreferenceState:
     """The running means of a run, and the controls that follow from them.
 
     Arguments:
-        config, adaptive: of the loss.
+        config, adaptive: of the loss; a kappa of None is measured.
         warmup: first steps with W = 1.
         device: where the means lie.
     """
@@ -98,7 +98,7 @@ class PreferenceState:
             self._add("margin", _MARGIN)
         if config.loss == "alpha_dpo":
             self._add("probability", 0.0)
-        if config.fixed_kappa is None:
+        if config.kappa is None:
             self._add("difference", 1.0)
         if config.pixel == "simpo" and config.pixel_kappa is None:
             self._add("pixel_difference", 1.0)
@@ -149,7 +149,7 @@ class PreferenceState:
         return self.means[name].value(without)
 
     def _kappa(self) -> Tensor:
-        fixed = self.config.fixed_kappa
+        fixed = self.config.kappa
         return self._measured("difference") if fixed is None else self._number(fixed)
 
     def _pixel_kappa(self, kappa: Tensor) -> Tensor:

@@ -107,4 +107,4 @@ def build_preference(
 ) -> PreferenceObjective:
     """The objective of `preference`."""
     values = config.preference, config.adaptive, config.denoising
-    return PreferenceObjective(model, *values, config.max_steps, lora)
+    return PreferenceObjective(model, *values, config.max_steps, lora, config.size)

@@ -95,10 +95,13 @@ def step(objective, batch, number):
 
 @pytest.mark.parametrize("loss", REFERENCED)
 def test_a_model_that_is_its_reference(loss, tiny_sd):
-    """s is exactly 0, and the loss that of the table: IPO's times kappa^2."""
+    """s is exactly 0, and the loss that of the table: IPO's times kappa beta / 2.
+
+    The latents have 4 x 16 x 16 numbers, a sixteenth of those that kappa 2500 is for.
+    """
     objective = made(tiny_sd, lora=loss in ("dpo", "adaptive_dpo"), loss=loss)
     found = terms(objective, pairs())
-    expected = {"hinge": 1.0, "alpha_dpo": alpha_at_start(), "ipo": (2500 / 200) ** 2}
+    expected = {"hinge": 1.0, "alpha_dpo": alpha_at_start(), "ipo": 2500 / 16 / 800}
     expected["adaptive_ipo"] = expected["ipo"]
     value = expected.get(loss, math.log(2))
     torch.testing.assert_close(found["loss"], torch.full((3,), value), rtol=1e-6, atol=1e-6)
@@ -192,6 +195,35 @@ def test_the_gradient_at_the_start(lora, tiny_sd):
     ((winner - loser).mean() * 150.0).backward()
     for name, grad in gradients(objective).items():
         torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-3)
+
+
+def test_ipo_starts_with_the_gradient_of_dpo(tiny_sd):
+    """Its slope was kappa^2 / beta, 50 times DPO's at the usual values: every step was clipped."""
+    found = []
+    for loss in ("dpo", "ipo"):
+        objective = made(tiny_sd, lora=True, loss=loss, kappa=300.0)
+        terms(objective, pairs())["loss"].mean().backward()
+        found.append(gradients(objective))
+    assert found[0].keys() == found[1].keys() and found[0]
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_kappa_goes_by_the_size_of_the_latents():
+    """2500 for 4 x 64 x 64 and above; 2500 / 8 for 2048 numbers, where 2500 settled every pair in
+    the first steps (gradients of a norm of 5654); what is given stays."""
+    usual = PreferenceConfig()
+    assert [usual.resolved(n).kappa for n in (2048, 16384, 65536)] == [312.5, 2500.0, 2500.0]
+    assert PreferenceConfig(kappa=7.0).resolved(2048).kappa == 7.0
+    assert PreferenceConfig(loss="simpo").resolved(2048).kappa is None
+
+
+def test_the_logit_is_logged(tiny_sd):
+    objective = made(tiny_sd, lora=True)
+    nudge(objective)
+    found = terms(objective, pairs())
+    torch.testing.assert_close(found["logit"], 2500 / 16 * found["margin"].abs())
+    assert found["logit"].any()
 
 
 def test_sdpo_holds_the_losers_part(tiny_folder):
