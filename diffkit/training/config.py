@@ -206,9 +206,11 @@ class TrainConfig:
             )
         decay = self.decay() if self.lr_schedule == "warmup-stable-decay" else 0
         if self.warmup_steps + decay > self.max_steps:
+            least = max(0, min(self.max_steps // 10, self.max_steps - decay))
             raise UserError(
                 f"warmup_steps: {self.warmup_steps} steps of warm-up and {decay} of decay do not "
-                f"fit into max_steps = {self.max_steps}."
+                f"fit into max_steps = {self.max_steps}; use --warmup-steps {least}, or make "
+                "--max-steps larger."
             )
         if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets):
             raise UserError("lora_alpha, lora_targets: they shape a LoRA; add --lora-rank.")

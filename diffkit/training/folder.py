@@ -102,7 +102,8 @@ class RunFolder:
             listed = "; ".join(f"{k}: {a!r} there, {b!r} now" for k, (a, b) in changed.items())
             raise UserError(
                 f"{self.path}: holds a run of another configuration ({listed}). Give it the same "
-                "one, choose another --output, or throw it away with --overwrite."
+                f"one{_as_flags(changed)}, choose another --output, or throw it away with "
+                "--overwrite."
             )
 
     def hold(self) -> None:
@@ -149,6 +150,16 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
         say(f"{self.path}: the earlier run was thrown away.")
+
+
+def _as_flags(changed: dict[str, tuple[Any, Any]]) -> str:
+    """The old numbers as flags, as a default may have come from another flag; "" if there are none.
+
+    Words are left out: they are paths and the like, which are known to who gave them.
+    """
+    numbers = {k: old for k, (old, _) in changed.items() if type(old) in (int, float)}
+    flags = " ".join(f"--{k.replace('_', '-')} {old}" for k, old in numbers.items())
+    return f" ({flags})" if flags else ""
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def test_the_batch_of_two_processes_is_one_batch(more, flags, tmp_path):
         (("--adaptive.rho", 3), "adaptive.rho: dpo has no annotators"),
         ((*BATCH, "--accumulation", 2), "adaptive.normalization: batch needs the whole batch"),
         ((*BATCH, "--batch-size", 1), "needs at least 2"),
+        (("--warmup-steps", 100), "= 3; use --warmup-steps 0, or make --max-steps larger"),
         ((*ADAPTIVE, "--max-steps", 2), "adaptive.warmup_steps: in all 2 steps every pair"),
         (
             ("--preference.loss", "adaptive_ipo", "--adaptive.margin", "linear"),
@@ -138,7 +139,9 @@ def test_a_longer_run_keeps_its_warm_up(flags, tmp_path, capsys):
     assert main(["train", "preference", *flags(*ADAPTIVE)]) == 0
     longer = flags(*ADAPTIVE, "--max-steps", 40)
     assert main(["train", "preference", *longer]) == 2
-    assert "adaptive.warmup_steps: 2 there, 4 now" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "adaptive.warmup_steps: 2 there, 4 now" in said
+    assert "the same one (--adaptive.warmup-steps 2)" in said
     assert main(["train", "preference", *longer[:-1], "4", "--adaptive.warmup-steps", "2"]) == 0
     assert len(rows(tmp_path / "out")) == 4
 
