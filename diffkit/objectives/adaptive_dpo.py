@@ -28,6 +28,7 @@ from torch import Tensor, distributed
 from torch.nn.functional import softplus
 
 from diffkit.errors import UserError
+from diffkit.objectives.base import check_finite
 
 __all__ = [
     "AdaptiveConfig",
@@ -85,6 +86,7 @@ class AdaptiveConfig:
 
     def check(self) -> None:
         """Raise `UserError` for impossible values, and for those that would do nothing."""
+        check_finite(self, "adaptive")
         for name in ("rho", "intercept", "margin_scale"):
             if not getattr(self, name) > 0:
                 raise UserError(f"adaptive.{name}: {getattr(self, name)} must be above 0.")

@@ -6,17 +6,22 @@ does, over the whole global batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from diffkit.errors import UserError
 from diffkit.randomness import SampleKeys
 
-__all__ = ["HasKeys", "Objective", "Phase", "reduce_loss"]
+__all__ = ["HasKeys", "Objective", "Phase", "check_finite", "reduce_loss"]
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -142,3 +147,11 @@ def reduce_loss(loss: Tensor, global_count: int, processes: int = 1) -> Tensor:
         processes: P.
     """
     return loss.sum() * (processes / global_count)
+
+
+def check_finite(values: DataclassInstance, section: str) -> None:
+    """Raise `UserError` for a NaN or an infinity among the flags of `section`."""
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{section}.{field.name}: {value} must be a finite number.")

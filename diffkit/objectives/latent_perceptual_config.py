@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffkit.errors import UserError
+from diffkit.objectives.base import check_finite
 from diffkit.perceptual.decoder_features import FeatureLoss
 from diffkit.perceptual.feature_distance import Norm, Stats
 
@@ -51,6 +52,7 @@ class LatentPerceptualConfig:
 
     def check(self) -> None:
         """Raise `UserError` for impossible values, and for those that would do nothing."""
+        check_finite(self, "lpl")
         if self.weight is not None and self.share is not None:
             raise UserError("lpl.share: the weight is fixed by lpl.weight; leave one of them out.")
         if self.weight is not None and not self.weight >= 0:

@@ -16,7 +16,6 @@ what it compares, and is not multiplied by them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +28,7 @@ from diffkit.data.batch import Batch
 from diffkit.errors import UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.tiny_decoder import load_tiny_decoder
-from diffkit.objectives.base import Phase
+from diffkit.objectives.base import Phase, check_finite
 from diffkit.objectives.denoising import (
     Denoised,
     DenoisingConfig,
@@ -41,6 +40,7 @@ from diffkit.objectives.denoising import (
 from diffkit.perceptual.decoded import (
     Decoder,
     LatentCrop,
+    check_crop,
     check_decoder,
     decoded_error,
     draw_crop,
@@ -149,9 +149,10 @@ class PixelConfig:
 
     def check(self) -> None:
         """Raise `UserError` for impossible values, and for those that would do nothing."""
+        check_finite(self, "pixel")
         for name in ("weight", "clean_max_weight"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not value > 0:
                 raise UserError(
                     f"pixel.{name}: {value} must be above 0; `diffkit train denoising` trains "
                     "without the pixel term."
@@ -164,7 +165,7 @@ class PixelConfig:
                 raise UserError(f"pixel.{name}: {getattr(self, name)} must not be negative.")
         if self.latent_weight == 0 and self.every > 1:
             raise UserError(
-                "pixel.every: with --pixel.latent_weight 0 the steps between would train nothing; "
+                "pixel.every: with --pixel.latent-weight 0 the steps between would train nothing; "
                 "leave one of them out."
             )
         self._check_idle()
@@ -280,6 +281,8 @@ class PixelObjective(DenoisingObjective):
         config: see `PixelConfig`.
         denoising: noise, times, weights and dropout of the latent loss.
         lora: name of the LoRA that is trained, None when all weights are.
+        size: edge of the training pictures in pixels, the model's own by default; a given window
+            must be smaller.
 
     Raises `UserError` for a config that this model cannot be trained with.
     """
@@ -290,6 +293,7 @@ class PixelObjective(DenoisingObjective):
         config: PixelConfig,
         denoising: DenoisingConfig,
         lora: str | None = None,
+        size: int | None = None,
     ) -> None:
         config.check()
         super().__init__(model, denoising, lora)
@@ -299,6 +303,8 @@ class PixelObjective(DenoisingObjective):
         codec, source = model.codec, config.decoder
         self._decoder = codec if source is None else load_tiny_decoder(source, codec)
         check_decoder(self._decoder, model.family.name)
+        edge = size or model.default_size
+        check_crop(config.crop_latent, *model.latent_shape(edge, edge)[1:], "pixel.crop_latent")
         self._player = PixelPlayer(self._player, config, self._decoder)
         self._step = 0
         self._warned = False
@@ -389,7 +395,7 @@ class PixelObjective(DenoisingObjective):
         self._warned = True
         if pixel == 0:
             told = "no pixel loss was found to calibrate lambda by, so that it stays 0"
-            right = "give --pixel.weight, or lower --pixel.clean_min_snr"
+            right = "give --pixel.weight, or lower --pixel.clean-min-snr"
             warn(f"pixel: {told}; {right}.")
             return
         bound = low if latent / pixel < low else high

@@ -34,7 +34,7 @@ from diffkit.objectives.preference_config import PreferenceConfig, check_draws
 from diffkit.objectives.preference_player import Errors, Noisy, PairMaterial, PreferencePlayer
 from diffkit.objectives.preference_state import ANNOTATORS, PreferenceState
 from diffkit.objectives.views import Ema, snapshot, weights_exchanged
-from diffkit.perceptual.decoded import LatentCrop, check_decoder, draw_crop
+from diffkit.perceptual.decoded import LatentCrop, check_crop, check_decoder, draw_crop
 
 __all__ = ["PairDraws", "PreferenceConfig", "PreferenceObjective"]
 
@@ -95,6 +95,7 @@ class PreferenceObjective(Objective):
         self._times = _listed_times(config, model)
         if config.pixel != "none":
             check_decoder(model.codec, model.family.name)
+            check_crop(config.pixel_crop, *latents[1:], "preference.pixel_crop")
         player = self._base.players()["denoiser"]
         assert isinstance(player, DenoisingPlayer)
         self._player = PreferencePlayer(

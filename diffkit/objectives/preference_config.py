@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from diffkit.errors import UserError
+from diffkit.objectives.base import check_finite
 from diffkit.objectives.denoising import DenoisingConfig
 
 __all__ = ["PreferenceConfig", "check_draws"]
@@ -38,8 +39,8 @@ class PreferenceConfig:
     kappa: float | None = None
     """What multiplies the difference of mean squared errors: by default 2500, half of Salesforce's
     beta 5000, for latents of 4 x 64 x 64 numbers and more, and less in proportion for smaller ones,
-    whose means are noisier (312 for 2048 numbers). simpo by default measures it over its first 50 steps, so that the middle
-    pair has a logit of about 0.5, and then keeps it."""
+    whose means are noisier (312 for 2048 numbers). simpo by default measures it over its first 50
+    steps, so that the middle pair has a logit of about 0.5, and then keeps it."""
     flip_rate: float | None = None
     """Share q of wrong labels that cdpo and rdpo reckon with, below 0.5."""
     ipo_beta: float | None = None
@@ -69,6 +70,7 @@ class PreferenceConfig:
 
     def check(self) -> None:
         """Raise `UserError` for impossible values, and for those that would do nothing."""
+        check_finite(self, "preference")
         self._check_ranges()
         labels = self.loss in ("cdpo", "rdpo")
         if labels and self.flip_rate is None:

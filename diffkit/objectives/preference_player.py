@@ -97,8 +97,8 @@ class PreferencePlayer(nn.Module):
     - "accuracy": implicit accuracy, 1 where the model prefers the winner (more than the reference
       does), 1/2 where it has no preference;
     - "margin": s, without kappa;
-    - "logit": kappa |s|; means far above 5 say that kappa is too large: such pairs have no gradient,
-      or the full one, whatever s is;
+    - "logit": kappa |s|; means far above 5 say that kappa is too large: such pairs have no
+      gradient, or the full one, whatever s is;
     - "winner_error", "loser_error", "reference_error": e_th(w), e_th(l), e_ref(w);
     - "winner_drift": ratio of the first to the last;
     - "win_rate": 1 where e_th(w) < e_ref(w), 1/2 where they are equal: the share of winners that

@@ -31,6 +31,7 @@ from diffkit.randomness import SampleKeys
 __all__ = [
     "Decoder",
     "LatentCrop",
+    "check_crop",
     "check_decoder",
     "decoded_error",
     "draw_crop",
@@ -101,6 +102,18 @@ class LatentCrop:
         """The same on `device`."""
         top, left = (x.to(device, non_blocking=True) for x in (self.top, self.left))
         return LatentCrop(top, left, self.height, self.width)
+
+
+def check_crop(size: int | None, height: int, width: int, name: str) -> None:
+    """Raise `UserError` for a window, `name` for messages, that is all of height x width latents.
+
+    None and 0 stand for no window. Latents of other shapes, of buckets, may have a shorter side.
+    """
+    if size and size >= min(height, width):
+        raise UserError(
+            f"{name}: a window of {size} latent pixels is no part of latents of {height} x "
+            f"{width}; give at most {min(height, width) - 1}, or leave it out."
+        )
 
 
 def draw_crop(

@@ -29,4 +29,4 @@ class PixelTraining(DenoisingTraining):
 
 def build_pixel(model: LatentDiffusion, config: PixelTraining, lora: str | None) -> PixelObjective:
     """The objective of `pixel`."""
-    return PixelObjective(model, config.pixel, config.denoising, lora)
+    return PixelObjective(model, config.pixel, config.denoising, lora, config.size)

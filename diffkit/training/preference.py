@@ -48,8 +48,8 @@ class PreferenceTraining(TrainConfig):
         """With the canonical form of the denoising values, and the warm-up in steps.
 
         The warm-up decides the weights of steps that were made: another --max-steps may not change
-        it. The limit of the winners' drift is no part of what the run is, beyond that simpo looks at
-        the start model for it.
+        it. The limit of the winners' drift is no part of what the run is, beyond that simpo looks
+        at the start model for it.
         """
         preference = self.preference
         if preference.referenced or preference.drift_limit is not None:

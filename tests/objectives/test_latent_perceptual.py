@@ -158,6 +158,7 @@ def test_configs_that_cannot_work() -> None:
         ({"weight": -1.0}, "lpl.weight"),
         ({"share": 1.0}, "lpl.share"),
         ({"threshold": 0.0}, "lpl.threshold"),
+        ({"threshold": float("inf")}, "lpl.threshold: inf must be a finite number"),
         ({"blocks": -1}, "lpl.blocks"),
         ({"start": -1}, "lpl.start"),
         ({"norm": "channel_norm_target", "stats": "own"}, "lpl.stats"),

@@ -386,12 +386,14 @@ def test_it_says_once_where_lambda_is_bounded(
         ({"calibration": 0}, "at least 1"),
         ({"every": 0}, "at least 1"),
         ({"latent_weight": -1.0}, "must not be negative"),
+        ({"weight": float("inf")}, "pixel.weight: inf must be a finite number"),
+        ({"target": "clean", "clean_min_snr": float("nan")}, "nan must be a finite number"),
         ({"crop_latent": -8}, "must not be negative"),
         ({"clean_min_snr": 0.5}, "belongs to --pixel.target clean"),
         ({"target": "clean", "emphasis": True}, "belongs to --pixel.target noisy"),
         ({"weight": 2.0, "calibration": 9}, "leave one of them out"),
         ({"control": True, "every": 2}, "decodes in the calibration only"),
-        ({"latent_weight": 0.0, "every": 2}, "would train nothing"),
+        ({"latent_weight": 0.0, "every": 2}, "--pixel.latent-weight 0 the steps"),
     ],
 )
 def test_what_cannot_work_is_refused(config: dict[str, Any], message: str) -> None:
@@ -403,6 +405,7 @@ def test_what_cannot_work_is_refused(config: dict[str, Any], message: str) -> No
     ("name", "config", "message"),
     [
         ("sd", {"emphasis": True}, "is for flow models"),
+        ("sd", {"crop_latent": 16}, "crop_latent: a window of 16 .* latents of 16 x 16"),
         ("sd", {"decoder": "nowhere/at/all"}, "no such tiny decoder"),
         ("pixel", {}, "works on pixels"),
     ],

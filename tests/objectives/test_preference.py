@@ -209,15 +209,6 @@ def test_ipo_starts_with_the_gradient_of_dpo(tiny_sd):
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-5)
 
 
-def test_kappa_goes_by_the_size_of_the_latents():
-    """2500 for 4 x 64 x 64 and above; 2500 / 8 for 2048 numbers, where 2500 settled every pair in
-    the first steps (gradients of a norm of 5654); what is given stays."""
-    usual = PreferenceConfig()
-    assert [usual.resolved(n).kappa for n in (2048, 16384, 65536)] == [312.5, 2500.0, 2500.0]
-    assert PreferenceConfig(kappa=7.0).resolved(2048).kappa == 7.0
-    assert PreferenceConfig(loss="simpo").resolved(2048).kappa is None
-
-
 def test_the_logit_is_logged(tiny_sd):
     objective = made(tiny_sd, lora=True)
     nudge(objective)
@@ -475,31 +466,15 @@ def test_pixel_kappa_is_measured(tiny_sd):
 # -- refusals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"loss": "cdpo"}, "preference.flip_rate: cdpo needs the share of wrong labels"),
-        ({"flip_rate": 0.2}, "preference.flip_rate: dpo reckons with no wrong labels"),
-        ({"loss": "rdpo", "flip_rate": 0.5}, r"flip_rate: 0.5 is not in \[0, 0.5\)"),
-        ({"ipo_beta": 10.0}, "preference.ipo_beta: is not for dpo"),
-        ({"kappa": 0.0}, "preference.kappa: 0.0 must be above 0"),
-        ({"anchor": -1.0}, "preference.anchor: -1.0 must not be negative"),
-        ({"drift_limit": 1.0}, "preference.drift_limit: 1.0 must be above 1"),
-        ({"timesteps": (5, 5)}, "preference.timesteps: names a time twice"),
-        ({"pixel_weight": 1.0}, "preference.pixel_weight: no picture is decoded"),
-        ({"pixel_relative": True}, "preference.pixel_relative: no picture is decoded"),
-        ({"loss": "simpo", "pixel": "dpo"}, "preference.pixel: dpo compares with a reference"),
-        ({"loss": "adaptive_dpo", "pixel": "dpo"}, "preference.pixel: adaptive_dpo judges pairs"),
-        ({"sdpo": True, "pixel": "dpo"}, "preference.sdpo: holds the winner's latent error"),
-    ],
-)
-def test_values_that_cannot_be(values, message):
-    with pytest.raises(UserError, match=message):
-        PreferenceConfig(**values).check()
-
-
 def test_values_of_denoising_that_would_do_nothing(tiny_sd):
     with pytest.raises(UserError, match="denoising.min_snr: weighs the denoising loss"):
         made(tiny_sd, denoising=DenoisingConfig(condition_dropout=0.0, min_snr=5.0))
     with pytest.raises(UserError, match="timesteps: times out of a list have no density"):
         made(tiny_sd, timesteps=(5,), denoising=DenoisingConfig(density="logit_normal"))
+
+
+def test_a_window_that_is_no_window(tiny_sd):
+    """One as large as the latents was taken without a word, and did nothing."""
+    for size in (16, 64):
+        with pytest.raises(UserError, match=f"pixel_crop: a window of {size} .* of 16 x 16; give"):
+            made(tiny_sd, pixel="dpo", pixel_crop=size)
