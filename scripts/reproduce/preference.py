@@ -74,6 +74,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "Adaptive, none": {"loss": "adaptive_dpo", "stability": "none", "flips": FLIPS},
     "alpha-DPO": {"loss": "alpha_dpo", "flips": FLIPS},
 }
+SOFT: dict[str, Any] = {"kappa": 20.0, "learning_rate": 5e-5}
+"""With which logits stay near 1 here: s is about 0.05 between two backgrounds."""
+SOFTLY = ("DPO, no flips", "DPO", "rDPO", "Adaptive, none")
+ARMS |= {f"{arm}, kappa 20": {**ARMS[arm], **SOFT} for arm in SOFTLY}
 FEWER = {"cDPO": (0,), "alpha-DPO": (0,)}
 SETTINGS: dict[str, Any] = {
     "data": "t2i-64",
@@ -307,6 +311,7 @@ def measured(cell: Cell, data: Path) -> dict[str, Any]:
 # -- telling ------------------------------------------------------------------------------------
 
 CLEAN = "DPO, no flips"
+CLEANS = tuple(arm for arm, values in ARMS.items() if values.get("flips") == 0)
 MEASURES = (
     Measure("reward", "redness of samples", ".4f"),
     Measure("concept", "concept, by the feature network", ".1%"),
@@ -341,7 +346,21 @@ def text(results: Results) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [line for arm in FLIPPED if (line := row_of(results, arm))]
+    lines += [
+        "",
+        f"Arms of kappa {SOFT['kappa']:g} have that and the rate {SOFT['learning_rate']:g}: with "
+        "the kappa of the others logits pass 20, so that all that is left of the gradient is that "
+        "of pairs whose label the model contradicts, and these are the wrong ones. Without flips, "
+        f"at kappa {SOFT['kappa']:g}:",
+        "",
+        *contrast_table(results, clean_of(FLIPPED[-1]), "base", MEASURES),
+    ]
     return "\n".join(lines)
+
+
+def clean_of(arm: str) -> str:
+    """The arm without wrong labels that goes with one: of the same kappa."""
+    return next(name for name in CLEANS if ARMS[name].get("kappa") == ARMS[arm].get("kappa"))
 
 
 def row_of(results: Results, arm: str) -> str:
@@ -350,8 +369,8 @@ def row_of(results: Results, arm: str) -> str:
     if not seeds:
         return ""
     gain = paired_difference(*(results.column(a, "reward", seeds) for a in (arm, "base")))
-    both = results.seeds(arm, "base", CLEAN)
-    rewards = [results.column(a, "reward", both) for a in (arm, "base", CLEAN)]
+    both = results.seeds(arm, "base", clean_of(arm))
+    rewards = [results.column(a, "reward", both) for a in (arm, "base", clean_of(arm))]
     share = "-"
     if both:
         own, base, clean = (sum(column) / len(both) for column in rewards)
@@ -375,7 +394,7 @@ def draw(results: Results, figure: Figure) -> None:
                 values = results.values[arm, seed]
                 if name in values:
                     base = results.values["base", seed]["reward"] if name == "reward" else 0.0
-                    colour = "tab:green" if arm == CLEAN else "tab:blue"
+                    colour = "tab:green" if arm in CLEANS else "tab:blue"
                     panel.scatter([values[name] - base], [row], color=colour, s=18, alpha=0.8)
         panel.axvline(0.0 if name == "reward" else 0.5, color="black", linewidth=0.8)
         panel.set(xlabel=head)
