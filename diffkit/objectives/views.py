@@ -13,9 +13,9 @@ __all__ = ["Ema", "ema_decay", "snapshot", "weights_exchanged"]
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the trainable parameters by name, on their device and in float32."""
+    """A copy of the trainable parameters by name, on their device and in at least float32."""
     return {
-        name: parameter.detach().to(torch.float32, copy=True)
+        name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
@@ -42,7 +42,7 @@ def weights_exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Itera
 
     The values change places one tensor at a time, so the block needs no second copy of the model.
     It may lie within an autocast region.
-    `weights` must be float32 tensors on the module's device (sharded alike when it is sharded).
+    `weights` must be tensors as of `snapshot`, on the module's device (sharded alike when it is sharded).
     """
     _exchange(module, weights)
     try:
@@ -60,7 +60,7 @@ def ema_decay(updates: int, decay: float) -> float:
 
 
 class Ema:
-    """A float32 shadow of the trainable parameters: shadow <- d shadow + (1 - d) weights."""
+    """A shadow of the trainable parameters, at least float32: shadow <- d shadow + (1 - d) weights."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
