@@ -42,8 +42,8 @@ def weights_exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Itera
 
     The values change places one tensor at a time, so the block needs no second copy of the model.
     It may lie within an autocast region.
-    `weights` must be tensors as `snapshot` makes them, on the module's device (sharded alike when it
-    is sharded).
+    `weights` must be tensors as `snapshot` makes them, on the module's device (sharded alike when
+    it is sharded).
     """
     _exchange(module, weights)
     try:
@@ -61,7 +61,7 @@ def ema_decay(updates: int, decay: float) -> float:
 
 
 class Ema:
-    """A shadow of the trainable parameters: shadow <- d shadow + (1 - d) weights, see `snapshot`."""
+    """A shadow of the trainable parameters: shadow <- d shadow + (1 - d) weights; a `snapshot`."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
