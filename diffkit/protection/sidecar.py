@@ -129,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 def without_folders(text: str) -> str:
-    """Text without the folders of absolute paths: "/home/me/x.png is red" -> "x.png is red"."""
+    """Text without the folders of absolute paths: "/drive/mine/x.png is red" -> "x.png is red"."""
     return _FOLDERS.sub("", text)
 
 

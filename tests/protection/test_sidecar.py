@@ -216,7 +216,7 @@ def test_the_record_survives_and_is_strict_json(tmp_path: Path) -> None:
 
 def test_no_absolute_path_is_recorded(tmp_path: Path) -> None:
     values = record(
-        model="/home/me/my models/mine",
+        model="/drive/mine/my models/mine",
         target="C:\\pictures\\t.png",
         prompt="/imagine a cat",
         notices=("mask ~/masks/m.png and /a/b.png; see https://x.org/y, 1 / 2, and/or",),

@@ -20,5 +20,5 @@ def short_source(source: str) -> str:
 
 def public_text(text: str) -> str:
     """Text in which absolute paths have lost their folders, those behind a colon too:
-    "sdedit0.2:/home/me/model" -> "sdedit0.2:model"."""
+    "sdedit0.2:/drive/mine/model" -> "sdedit0.2:model"."""
     return without_folders(_BEHIND_COLON.sub(":", text))

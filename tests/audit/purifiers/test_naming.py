@@ -10,8 +10,8 @@ from diffkit.audit.purifiers.naming import public_text
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("/home/me/pictures/x.png cannot be read", "x.png cannot be read"),
-        ("sdedit0.2:/home/me/model,jpeg75", "sdedit0.2:model,jpeg75"),
+        ("/drive/mine/pictures/x.png cannot be read", "x.png cannot be read"),
+        ("sdedit0.2:/drive/mine/model,jpeg75", "sdedit0.2:model,jpeg75"),
         ("alex:~/weights/alex.pth", "alex:alex.pth"),
         ("stabilityai/sd-turbo", "stabilityai/sd-turbo"),
         ("Download https://a.org/b/c.pth", "Download https://a.org/b/c.pth"),
