@@ -12,7 +12,7 @@ itself, and only a tensor of the input's shape is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["eager", "eager_terms", "uncompiled"]
+__all__ = ["eager", "eager_sum", "eager_terms", "uncompiled"]
 
 Terms = tuple[Tensor, ...]
 P = ParamSpec("P")
@@ -63,16 +63,93 @@ def eager_terms(
 
     The gradient is that of the first, (b,); the others come back without one.
     """
-    rows = range(0, len(x), chunk)
-    parts = [
-        tuple(None if tensor is None else tensor[i : i + chunk] for tensor in (x.detach(), *others))
-        for i in rows
-    ]
+    parts = _parts((x.detach(), *others), chunk)
     if not (torch.is_grad_enabled() and x.requires_grad):
         with torch.no_grad():
             return _joined([function(*part) for part in parts])
     terms: Terms = _Eager.apply(x, parts, function)
     return terms
+
+
+def eager_sum(
+    functions: Sequence[Callable[..., Tensor]],
+    weights: Tensor,
+    x: Tensor,
+    *others: Tensor | None,
+    chunks: Sequence[int | None],
+) -> Terms:
+    """A weighted sum of several losses of one tensor, with the gradient of each told apart.
+
+        total_b = sum_k weights_k f_k(x_b, ...),    squares_kb = |d f_k(x_b, ...) / d x_b|^2
+
+    As in `eager`, each loss runs forwards and backwards at once and is then forgotten, and only
+    `x` gets a gradient, from `total`. A weight of 0 keeps the gradient of its loss out altogether,
+    be it infinite.
+
+    Arguments:
+        functions: f_k: one value a sample, (b, ...), ... -> (b,), see `eager`.
+        weights: (K,), constants.
+        x: (B, ...), B at least 1.
+        others: (B, ...), what else belongs to each sample, or None; taken apart along with `x`.
+        chunks: for each loss, the samples that run at once; None for all.
+
+    Returns:
+        total (B,), with its gradient; values (K, B) and squares (K, B), without one, in at least
+        float32. Where no gradient is asked for, squares are 0.
+    """
+    tensors = (x.detach(), *others)
+    parts = [_parts(tensors, len(x) if size is None else size) for size in chunks]
+    if torch.is_grad_enabled() and x.requires_grad:
+        found: Terms = _EagerSum.apply(x, weights, parts, tuple(functions))
+        return found
+    with torch.no_grad():
+        pairs = zip(functions, parts, strict=True)
+        values = torch.stack([_joined([(f(*part),) for part in p])[0] for f, p in pairs])
+    return _weighted(weights, values), values, torch.zeros_like(values)
+
+
+def _parts(tensors: Sequence[Tensor | None], chunk: int) -> list[tuple[Any, ...]]:
+    rows = range(0, len(tensors[0]), chunk)  # type: ignore[arg-type]
+    return [tuple(None if t is None else t[i : i + chunk] for t in tensors) for i in rows]
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_k w_k v_k over the first dimension, where a weight of 0 leaves its values out."""
+    each = weights.to(values).view(-1, *(1 for _ in values.shape[1:]))
+    return torch.where(each == 0, 0.0, each * values).sum(0)
+
+
+class _EagerSum(torch.autograd.Function):
+    """Values of all losses and the weighted sum of their gradients, loss by loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        parts: list[list[tuple[Any, ...]]],
+        functions: tuple[Callable[..., Tensor], ...],
+    ) -> Terms:
+        total = torch.zeros_like(x)
+        values, squares = [], []
+        for weight, own, function in zip(weights.to(x).unbind(), parts, functions, strict=True):
+            found = [_with_gradient(lambda *p, f=function: (f(*p),), part) for part in own]
+            grad = torch.cat([grad for _, grad in found])
+            total += torch.where(weight == 0, 0.0, weight * grad)
+            values.append(torch.cat([terms[0] for terms, _ in found]))
+            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            squares.append(wide.flatten(1).square().sum(1))
+        ctx.save_for_backward(total)
+        stacked = torch.stack(values), torch.stack(squares)
+        ctx.mark_non_differentiable(*stacked)
+        return _weighted(weights, stacked[0]), *stacked
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (own,) = ctx.saved_tensors
+        each = grads[0].to(own).view(-1, *(1 for _ in own.shape[1:]))
+        return own * each, None, None, None
 
 
 class _Eager(torch.autograd.Function):

@@ -29,14 +29,19 @@ class Phase:
     """One kind of optimizer step.
 
     At training step s = 0, 1, 2, ... the phases run in the order in which the objective lists
-    them: a phase runs when `s % every == 0`, and then makes `repeats` optimizer steps of its
-    player, each with its own draws for the same samples.
+    them: a phase runs when `s >= start` and `s % every == 0`, and then makes `repeats` optimizer
+    steps of its player, each with its own draws for the same samples.
     """
 
     name: str
     player: str
     every: int = 1
     repeats: int = 1
+    start: int = 0
+
+    def due(self, step: int) -> bool:
+        """Whether the phase runs at training step `step`."""
+        return step >= self.start and step % self.every == 0
 
 
 class HasKeys(Protocol):
@@ -63,8 +68,9 @@ class Objective(Protocol):
     Only parameters with `requires_grad` are trained, averaged and kept in checkpoints. A player
     that uses another one in its loss must not register it as a submodule.
 
-    Objectives subclass this protocol. `begin`, `shown`, `watched`, `stepped`, `state` and `inspect`
-    have defaults that do nothing; they are for what changes from step to step beside the weights:
+    Objectives subclass this protocol. `meet`, `begin`, `shown`, `watched`, `stepped`, `state` and
+    `inspect` have defaults that do nothing; they are for what changes from step to step beside the
+    weights:
     averages, controllers, views of the weights. Such things may only be computed from what is equal
     on all processes (`means`, weights after a step), so that a run does not depend on how its
     batches are split.
@@ -81,6 +87,13 @@ class Objective(Protocol):
     def averaged(self) -> Sequence[str]:
         """Names of the players whose moving average is kept when EMA is on."""
         ...
+
+    def meet(self, prompts: Sequence[str]) -> None:
+        """A few prompts of the run's data, before `place`: to watch what the model makes of them.
+
+        None for data whose prompts are not known at the start.
+        """
+        return None
 
     def place(self, device: torch.device) -> None:
         """Move what draws and frozen networks need to `device`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffkit.data.paired import PairedData
 from diffkit.data.preference_columns import left_out
 from diffkit.data.preference_sources import open_pairs
 from diffkit.data.preferences import PreferenceData
+from diffkit.data.prompts import read_prompts
 from diffkit.data.recaption import Recaptioned
 from diffkit.data.records import ImageSource
 from diffkit.data.scan import require_captions
@@ -46,6 +48,7 @@ __all__ = [
     "build_data",
     "build_model",
     "build_objective",
+    "example_prompts",
     "fill_caches",
     "train",
 ]
@@ -53,6 +56,9 @@ __all__ = [
 Data = TrainingData | StreamedData | PairedData | PreferenceData
 
 LORA_NAME = "default"
+EXAMPLES = 4
+LOOKED_AT = 256
+"""Samples whose captions are read in search of different ones."""
 
 
 def train(config: TrainConfig) -> int:
@@ -91,6 +97,7 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
     if wanted is not None and wanted.folder is not None:
         companions = build_companions(config, model, ImageFolder(wanted.folder))
     objective = build_objective(config, model)
+    objective.meet(example_prompts(config, model, data))
     require_tracker(config.tracker)
     for encoder in model.conditioner.encoders.values():
         encoder.to(accelerator.device)
@@ -279,6 +286,25 @@ def build_objective(config: TrainConfig, model: LatentDiffusion) -> Objective:
     """The method with its own configuration."""
     lora = None if config.lora_rank is None else LORA_NAME
     return method_of(config).build(model, config, lora)
+
+
+def example_prompts(config: TrainConfig, model: LatentDiffusion, data: Data) -> list[str]:
+    """The first different prompts that the run is about, at most 4.
+
+    Captions of the data's first samples; names of classes for a class-conditional model; the
+    validation prompts of a stream, whose captions are not known at the start.
+    """
+    classes = model.conditioner.classes
+    found: Iterable[str] = ()
+    if classes is not None:
+        found = (classes.name(number) for number in range(classes.count))
+    elif not isinstance(data, StreamedData):
+        part = data.own if isinstance(data, PairedData) else data
+        found = (part.captions(position)[0] for position in range(min(len(part), LOOKED_AT)))
+    elif config.validation_prompts is not None:
+        found = read_prompts(config.validation_prompts)
+    distinct = dict.fromkeys(found)
+    return list(distinct)[:EXAMPLES]
 
 
 def fill_caches(

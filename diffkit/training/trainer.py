@@ -210,7 +210,7 @@ class Trainer:
         epoch = min(batches[0].keys.epochs)
         rate = config.rate(step)
         record = StepRecord(step + 1, epoch, rate, samples=(step + 1) * config.batch_size)
-        due = [phase for phase in self.phases if step % phase.every == 0]
+        due = [phase for phase in self.phases if phase.due(step)]
         material: dict[tuple[int, int], tuple[Any, Any]] = {}
         self.objective.begin(step)
         for place, phase in enumerate(due):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffkit.models.cost import saved_for_backward
-from diffkit.models.eager import eager, eager_terms
+from diffkit.models.eager import eager, eager_sum, eager_terms
 
 
 @pytest.fixture
@@ -139,3 +139,51 @@ def test_the_backward_pass_is_not_cast_down() -> None:
         value_of = eager(attend, query)
     (grad,) = torch.autograd.grad(value_of.sum(), query)
     assert torch.allclose(grad, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sum_of_losses_by_hand() -> None:
+    """f_1 = x^2, f_2 = 3 x: total w1 x^2 + w2 3 x, gradients 2 x and 3."""
+    x = torch.tensor([[1.0, 2.0], [3.0, 0.0], [-1.0, 1.0]], requires_grad=True)
+    losses = (lambda x: x.square().sum(1), lambda x: 3 * x.sum(1))
+    total, values, squares = eager_sum(losses, torch.tensor([1.0, 0.5]), x, chunks=(None, 2))
+    assert values.tolist() == [[5.0, 9.0, 2.0], [9.0, 9.0, 0.0]]
+    assert squares.tolist() == [[20.0, 36.0, 8.0], [18.0, 18.0, 18.0]]
+    assert total.tolist() == [9.5, 13.5, 2.0]
+    assert not values.requires_grad and not squares.requires_grad
+    total.mean().backward()
+    assert torch.allclose(x.grad, (2 * x.detach() + 1.5) / 3)
+
+
+def test_a_sum_gives_gradient_to_its_argument_alone(decoder: nn.Module) -> None:
+    decoder.requires_grad_(True)
+    x, target = (part.requires_grad_() for part in sample(3))
+
+    def distance(x: Tensor, target: Tensor) -> Tensor:
+        return loss(decoder, x, target)
+
+    total, _, squares = eager_sum([distance], torch.ones(1), x, target, chunks=[1])
+    total.sum().backward()
+    (expected,) = torch.autograd.grad(distance(x, target.detach()).sum(), x)
+    assert torch.allclose(x.grad, expected)
+    assert torch.allclose(squares[0], expected.flatten(1).square().sum(1))
+    assert target.grad is None
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+
+
+def test_a_weight_of_zero_keeps_infinite_losses_out() -> None:
+    x = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    losses = (lambda x: x.sum(1), lambda x: (x.sum(1) - 1).log())
+    total, values, _ = eager_sum(losses, torch.tensor([1.0, 0.0]), x, chunks=(None, None))
+    total.sum().backward()
+    assert values[1].tolist() == [-float("inf"), 0.0]
+    assert total.tolist() == [1.0, 2.0]
+    assert x.grad.tolist() == [[1.0], [1.0]]
+
+
+def test_a_sum_without_grad_mode_only_computes_values() -> None:
+    x = torch.tensor([[1.0], [2.0]])
+    losses = (lambda x: x.sum(1), lambda x: x.square().sum(1))
+    total, values, squares = eager_sum(losses, torch.tensor([1.0, 2.0]), x, chunks=(1, None))
+    assert total.tolist() == [3.0, 10.0]
+    assert values.tolist() == [[1.0, 2.0], [1.0, 4.0]]
+    assert not squares.any()
