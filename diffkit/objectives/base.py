@@ -30,7 +30,8 @@ class Phase:
 
     At training step s = 0, 1, 2, ... the phases run in the order in which the objective lists
     them: a phase runs when `s >= start` and `s % every == 0`, and then makes `repeats` optimizer
-    steps of its player, each with its own draws for the same samples.
+    steps of its player, each with its own draws for the same samples, at `rate` times the run's
+    learning rate.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Phase:
     every: int = 1
     repeats: int = 1
     start: int = 0
+    rate: float = 1.0
 
     def due(self, step: int) -> bool:
         """Whether the phase runs at training step `step`."""

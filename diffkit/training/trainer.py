@@ -215,7 +215,7 @@ class Trainer:
         self.objective.begin(step)
         for place, phase in enumerate(due):
             self._route(phase)
-            self.players[phase.player].set_rate(rate)
+            self.players[phase.player].set_rate(rate * phase.rate)
             again = max((later.repeats for later in due[place + 1 :]), default=0)
             for repeat in range(phase.repeats):
                 self._optimize(phase, step, repeat, batches, material, record)
