@@ -184,7 +184,7 @@ class AddressedData(ABC, Generic[Source, Part, Whole]):
         Raises `BadImage` for a broken one, which is named.
         """
         view = self.transform.view(size, target, self.seed, epoch, sample.index)
-        embedding = None if self.embeddings is None else self._embedding(self.embeddings, caption)
+        embedding = None if self.embeddings is None else self.embeddings.require(caption)
         pixels, moments = None, None
         try:
             if self.latents is None:
@@ -200,19 +200,5 @@ class AddressedData(ABC, Generic[Source, Part, Whole]):
         entry = cache.read(cache.key(self.pictures.identity(picture), view))
         if entry is None:
             read_pixels(self.pictures.encoded(picture), sample, view)  # a broken one has none
-            raise RunFailed(_lost(f"latents of {sample.name}", cache))
+            raise RunFailed(cache.lost(f"latents of {sample.name}"))
         return entry["moments"]
-
-    def _embedding(self, cache: EmbeddingCache, caption: str) -> dict[str, Tensor]:
-        entry = cache.read(cache.key(caption))
-        if entry is None:
-            raise RunFailed(_lost(f'embedding of "{caption}"', cache))
-        return entry
-
-
-def _lost(what: str, cache: LatentCache | EmbeddingCache) -> str:
-    return (
-        f"{cache.folder}: the cached {what} were damaged or removed, or the picture was changed, "
-        "while the run went on. Run the same command again: it makes them anew and goes on from "
-        "the last checkpoint."
-    )

@@ -23,9 +23,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffkit.data.transforms import RESAMPLING, View
+from diffkit.errors import RunFailed
 from diffkit.files import atomic_write
 
-__all__ = ["EmbeddingCache", "LatentCache", "TensorCache"]
+__all__ = ["EmbeddingCache", "LatentCache", "TensorCache", "checksum"]
 
 _CHECKSUM = "blake2b"
 
@@ -67,7 +68,7 @@ class TensorCache:
             return None
         except (OSError, SafetensorError):
             expected, tensors = None, {}
-        if expected is not None and _checksum(tensors) == expected:
+        if expected is not None and checksum(tensors) == expected:
             return tensors
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
@@ -77,7 +78,15 @@ class TensorCache:
         """Store an entry atomically, each tensor in its own dtype."""
         kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with atomic_write(self.path(key)) as file:
-            file.write(save(kept, metadata={_CHECKSUM: _checksum(kept)}))
+            file.write(save(kept, metadata={_CHECKSUM: checksum(kept)}))
+
+    def lost(self, what: str) -> str:
+        """What to say of an entry that was there when the run started."""
+        return (
+            f"{self.folder}: the cached {what} were damaged or removed, or the picture was "
+            "changed, while the run went on. Run the same command again: it makes them anew and "
+            "goes on from the last checkpoint."
+        )
 
     def _hash(self, *parts: object) -> str:
         text = json.dumps([self.fingerprint, *parts])
@@ -104,8 +113,16 @@ class EmbeddingCache(TensorCache):
         """The name of the entry of one caption."""
         return self._hash(caption)
 
+    def require(self, caption: str) -> dict[str, Tensor]:
+        """The entry of a caption that was stored; raises `RunFailed` when it is gone."""
+        entry = self.read(self.key(caption))
+        if entry is None:
+            raise RunFailed(self.lost(f'embedding of "{caption}"'))
+        return entry
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of names, dtypes, shapes and bytes of tensors on the CPU, 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

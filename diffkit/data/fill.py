@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffkit.models.codec import Codec
     from diffkit.models.conditioner import Conditioner
 
-__all__ = ["cache_embeddings", "cache_latents"]
+__all__ = ["Captioned", "cache_embeddings", "cache_latents"]
 
 _THREADS = 8
 _PIXELS = 8 * 512 * 512
@@ -107,8 +107,19 @@ def _parts(
         start = stop
 
 
+class Captioned(Protocol):
+    """Data whose captions can be cached."""
+
+    embeddings: EmbeddingCache | None
+
+    def __len__(self) -> int: ...
+
+    def captions(self, position: int, /) -> tuple[str, ...]:
+        """Those of one sample."""
+
+
 def cache_embeddings(
-    data: AddressedData[Any, Any, Any],
+    data: Captioned,
     folder: str | os.PathLike[str],
     conditioner: Conditioner,
     *,

@@ -20,7 +20,7 @@ from diffkit.errors import RunFailed
 from diffkit.models.conditioner import Conditioning, Sizes
 from diffkit.randomness import SampleKeys, integers
 
-__all__ = ["BrokenPictures", "Loaded", "assemble", "draw_caption", "read_pixels"]
+__all__ = ["BrokenPictures", "Loaded", "assemble", "draw_caption", "read_pixels", "stack_rows"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def assemble(seed: int, loaded: Sequence[Loaded]) -> Batch:
         images=to_float(pixels) if pixels else None,
         moments=torch.stack(moments) if moments else None,
         captions=[item.caption for item in loaded],
-        conditioning=_stack_rows(rows) if rows else None,
+        conditioning=stack_rows(rows) if rows else None,
         labels=torch.tensor(labels) if labels else None,
         sizes=[Sizes(item.view.original, item.view.corner, item.view.target) for item in loaded],
         names=[sample.name for sample in samples],
@@ -109,7 +109,8 @@ def assemble(seed: int, loaded: Sequence[Loaded]) -> Batch:
     )
 
 
-def _stack_rows(rows: Sequence[dict[str, Tensor]]) -> Conditioning:
+def stack_rows(rows: Sequence[dict[str, Tensor]]) -> Conditioning:
+    """Conditionings of single samples as one batch."""
     return Conditioning.from_dict(
         {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     )
