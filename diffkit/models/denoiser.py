@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from diffkit.errors import UserError
 from diffkit.models.conditioner import Conditioning
-from diffkit.models.families import Family, Geometry
+from diffkit.models.families import BlockInput, Family, Geometry
 from diffkit.models.schedule import Prediction, Schedule
 
 __all__ = ["Denoiser", "set_attention"]
@@ -92,13 +93,13 @@ class Denoiser(nn.Module):
 
     @property
     def tap_names(self) -> tuple[str, ...]:
-        """Names of the blocks whose output `taps` can read, in the order of computation."""
+        """Names of the features that `taps` can read, in the order of computation."""
         self.family.require("taps")
         return self.family.tap_names(self.model)
 
     @contextmanager
     def taps(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Within the context every call leaves the outputs of the named blocks in the dict.
+        """Within the context every call leaves the named features in the dict.
 
         Gradients flow through them. Raises `UserError` for a name that is not in `tap_names`.
         """
@@ -106,24 +107,24 @@ class Denoiser(nn.Module):
         if unknown:
             raise UserError(f"no block {unknown[0]!r}; there are {', '.join(self.tap_names)}.")
         found: dict[str, Tensor] = {}
-        handles = [
-            self.model.get_submodule(name).register_forward_hook(_keep(found, name))
-            for name in names
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name in names:
+                handle = self.family.tap(self.model, name, partial(found.__setitem__, name))
+                hooks.callback(handle.remove)
             yield found
-        finally:
-            for handle in handles:
-                handle.remove()
 
+    @property
+    def inputs(self) -> tuple[BlockInput, ...]:
+        """Where `added` can add something inside the network; nowhere in most."""
+        return self.family.inputs(self.model)
 
-def _keep(found: dict[str, Tensor], name: str) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        # U-Net down blocks return (state, skips), joint transformer blocks (text, image).
-        last = output[-1] if isinstance(output, tuple) and torch.is_tensor(output[-1]) else output
-        found[name] = last[0] if isinstance(last, tuple) else last
-
-    return hook
+    @contextmanager
+    def added(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context every call adds these tensors at the places of `inputs`, by name."""
+        with ExitStack() as hooks:
+            for name, tensor in tensors.items():
+                hooks.callback(self.family.add(self.model, name, tensor).remove)
+            yield
 
 
 def set_attention(model: Any, name: str) -> None:

@@ -9,6 +9,7 @@ over all networks in which it has layers, the denoiser and the text encoders.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ __all__ = [
     "lora_parameters",
     "lora_weights",
     "merge_lora",
+    "plain_copy",
     "remove_lora",
     "save_lora",
     "set_adapters",
@@ -205,15 +207,26 @@ def remove_lora(model: LatentDiffusion, name: str | None = None) -> None:
     The other adapters stay as active and as trainable as they were. Raises `UserError` for a name
     that the model does not have.
     """
-    from diffusers.utils import recurse_remove_peft_layers
-
     if name is not None and _all_adapters(model) != [name]:
         return _remove_one(model, name)
     for network in _networks(model).values():
-        if any(True for _ in lora_layers(network)):
-            recurse_remove_peft_layers(network)
-            del network.peft_config
-            network._hf_peft_config_loaded = False  # type: ignore[assignment]
+        _take_off(network)
+
+
+def plain_copy(network: nn.Module) -> nn.Module:
+    """A copy of a network without its adapters; every parameter as trainable as it was there."""
+    copied = copy.deepcopy(network)
+    _take_off(copied)
+    return copied
+
+
+def _take_off(network: nn.Module) -> None:
+    from diffusers.utils import recurse_remove_peft_layers
+
+    if any(True for _ in lora_layers(network)):
+        recurse_remove_peft_layers(network)
+        del network.peft_config
+        network._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 def _remove_one(model: LatentDiffusion, name: str) -> None:

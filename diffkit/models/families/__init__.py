@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from diffkit.errors import UserError
@@ -18,7 +19,16 @@ from diffkit.models.classes import Classes
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.schedule import FlowSpacing
 
-__all__ = ["Capability", "Family", "Geometry", "PipelineKind", "families", "family_of"]
+__all__ = [
+    "BlockInput",
+    "Capability",
+    "Family",
+    "Geometry",
+    "PipelineKind",
+    "families",
+    "family_of",
+    "tap_output",
+]
 
 PipelineKind = Literal["text2image", "image2image", "inpaint", "class2image", "unconditional"]
 Capability = Literal[
@@ -56,6 +66,32 @@ class Geometry:
     largest: int | None = None
 
 
+@dataclass(frozen=True)
+class BlockInput:
+    """Where something can be added inside a denoiser.
+
+    Attributes:
+        name: of the place.
+        channels: of what goes in there.
+        factor: by how much its sides are smaller than those of the latents.
+    """
+
+    name: str
+    channels: int
+    factor: int
+
+
+def tap_output(model: nn.Module, name: str, keep: Callable[[Tensor], None]) -> Any:
+    """Let every call hand the output of the block `name` to `keep`; returns the hook's handle."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        # U-Net down blocks return (state, skips), joint transformer blocks (text, image).
+        last = output[-1] if isinstance(output, tuple) and torch.is_tensor(output[-1]) else output
+        keep(last[0] if isinstance(last, tuple) else last)
+
+    return model.get_submodule(name).register_forward_hook(hook)
+
+
 def _geometry(model: Any) -> Geometry:
     config = model.config
     patch, sample = config.get("patch_size") or 1, config.sample_size
@@ -75,6 +111,14 @@ def _ready(model: Any) -> None:
 
 def _unpacked(latents: Tensor) -> Tensor:
     return latents
+
+
+def _no_inputs(model: nn.Module) -> tuple[BlockInput, ...]:
+    return ()
+
+
+def _add_nowhere(model: nn.Module, name: str, tensor: Tensor) -> Any:
+    raise UserError(f"nothing can be added at {name!r} of this network.")
 
 
 def _no_rules() -> str:
@@ -107,7 +151,11 @@ class Family:
         call: (model, z_t, t (B,), conditioning, guidance (B,) or None) -> raw output (B, C, h, w).
         encode_prompts: (pipeline, prompts) -> Conditioning without sizes; None without text.
         encode_null: pipeline -> the unconditional Conditioning, batch of one; None without text.
-        tap_names: model -> the names of the blocks whose output can be read.
+        tap_names: model -> the names of the features that can be read.
+        tap: (model, name, keep) -> the handle of a hook that hands the feature of every call to
+            `keep`.
+        inputs: model -> where something can be added inside; none for most.
+        add: (model, name, tensor) -> the handle of a hook that adds the tensor there in every call.
         prompt_limits: tokens that the pipeline reads of a prompt, by tokenizer name, where that is
             not the tokenizer's own `model_max_length`.
         prompt_rules: () -> in words, what happens to a prompt before the tokenizer where that is
@@ -140,6 +188,9 @@ class Family:
     encode_prompts: Callable[[Any, list[str]], Conditioning] | None
     encode_null: Callable[[Any], Conditioning] | None
     tap_names: Callable[[nn.Module], tuple[str, ...]]
+    tap: Callable[[nn.Module, str, Callable[[Tensor], None]], Any] = tap_output
+    inputs: Callable[[nn.Module], tuple[BlockInput, ...]] = _no_inputs
+    add: Callable[[nn.Module, str, Tensor], Any] = _add_nowhere
     steps: int = 25
     prompt_limits: Mapping[str, int] = field(default_factory=dict)
     prompt_rules: Callable[[], str] = _no_rules

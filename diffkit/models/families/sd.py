@@ -8,7 +8,15 @@ from torch import Tensor
 
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.families import Family
-from diffkit.models.families.unet import LORA_TARGETS, checkpoint, guidance_embedding, tap_names
+from diffkit.models.families.unet import (
+    LORA_TARGETS,
+    add,
+    checkpoint,
+    guidance_embedding,
+    inputs,
+    tap,
+    tap_names,
+)
 
 
 def _call(
@@ -51,5 +59,8 @@ FAMILY = Family(
     encode_prompts=_encode,
     encode_null=_encode_null,
     tap_names=tap_names,
+    tap=tap,
+    inputs=inputs,
+    add=add,
     checkpoint=checkpoint,
 )
