@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from pathlib import Path
@@ -100,6 +101,23 @@ class LatentDiffusion:
         """Branch, tag or commit of the hub id that it was loaded from; None by default."""
         revision: str | None = self._load_options.get("revision")
         return revision
+
+    @property
+    def scheduler(self) -> Any:
+        """The diffusers scheduler that the model is saved and sampled with."""
+        return self._pipeline.scheduler
+
+    def set_scheduler(self, scheduler: Any) -> None:
+        """Save and sample with another scheduler from now on; `schedule` is read out of it."""
+        self._pipeline.register_modules(scheduler=scheduler)
+        self.schedule = Schedule.from_scheduler(scheduler, self.family.flow_spacing)
+        self.denoiser.schedule = self.schedule
+
+    def with_denoiser(self, network: torch.nn.Module) -> LatentDiffusion:
+        """A model with this denoiser; everything else is shared."""
+        twin = copy.copy(self._pipeline)
+        twin.register_modules(**{self.family.denoiser: network})
+        return LatentDiffusion(twin, self.source, **self._load_options)
 
     @property
     def device(self) -> torch.device:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from diffkit.console import progress
 from diffkit.models.conditioner import Conditioning
+from diffkit.models.consistency import consistency_function
 from diffkit.models.denoiser import Denoiser
+from diffkit.models.schedule import Prediction, Schedule
 
 __all__ = ["sample"]
 
@@ -23,6 +27,8 @@ def sample(
     guidance_scale: float = 1.0,
     true_cfg_scale: float = 1.0,
     mu: float | None = None,
+    shown: bool = True,
+    fresh: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w) from noise of the same shape, deterministically.
 
@@ -31,6 +37,10 @@ def sample(
     FlowMatchEulerDiscreteScheduler or EDMEulerScheduler; with DDIMScheduler where `steps` divides T
     for "trailing" spacing (otherwise diffusers' DDIM rounds the two ends of a step differently, and
     with "linspace" it steps to times that it then does not visit).
+
+    A consistency model (`schedule.consistency`) goes to the clean end f(z, t) at every step, from
+    there to z_s = alpha_s f + sigma_s eps_k with fresh noise, as with LCMScheduler or
+    FlowMatchLCMScheduler (Luo et al. 2023, algorithm 3).
 
     Args:
         denoiser: the network and its schedule.
@@ -44,6 +54,9 @@ def sample(
             that has both (Flux); 1 is none.
         mu: resolution shift of a flow schedule with dynamic shifting; by default the one that the
             stock pipelines find for this size.
+        shown: whether progress is shown, step by step; for a caller that shows its own.
+        fresh: k = 0, 1, ... -> eps_k (B, C, h, w) that step k adds; for consistency models in more
+            than one step.
     """
     told = denoiser.family.takes_guidance
     if true_cfg_scale != 1.0 and not told:
@@ -57,12 +70,25 @@ def sample(
         mu = schedule.mu(denoiser.tokens(*noise.shape[-2:]))
     times = schedule.sampling_timesteps(steps, mu).to(noise.device)
     z_t = schedule.init_noise_sigma * noise.float()
+    if schedule.consistency and steps > 1 and fresh is None:
+        raise ValueError("a consistency model needs fresh noise for each step but the last")
     pairs = list(zip(times[:-1], times[1:], strict=True))
-    for t, s in progress(pairs, "sampling"):
+    for k, (t, s) in enumerate(progress(pairs, "sampling") if shown else pairs):
         t_batch = t.expand(len(z_t))
         if scale == 1.0 or uncond is None:
             prediction = denoiser.predict(z_t, t_batch, cond, guidance)
         else:
             prediction = denoiser.guided(z_t, t_batch, cond, uncond, scale, guidance)
-        z_t = schedule.step(prediction, s)
+        if schedule.consistency:
+            eps = None if fresh is None or k == steps - 1 else fresh(k).to(z_t)
+            z_t = _renoised(schedule, prediction, t_batch, s, eps)
+        else:
+            z_t = schedule.step(prediction, s)
     return z_t
+
+
+def _renoised(
+    schedule: Schedule, prediction: Prediction, t: Tensor, s: Tensor, eps: Tensor | None
+) -> Tensor:
+    clean = consistency_function(schedule, prediction, t, torch.zeros_like(t))
+    return clean if eps is None else schedule.add_noise(clean, eps, s.expand(len(t)))

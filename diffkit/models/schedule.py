@@ -43,6 +43,8 @@ Density = Literal["uniform", "logit_normal", "log_normal"]
 FlowSpacing = Literal["scheduler", "fractions"]
 Kind = Literal["ddpm", "flow", "edm"]
 
+_MOST = {False: "num_train_timesteps", True: "original_inference_steps"}
+_CONSISTENCY = ("LCMScheduler", "FlowMatchLCMScheduler")
 _FLOW_NAMES = {"flow_prediction": "velocity"}  # diffusers' name for it in some schedulers
 # What EDM schedulers call the two signs of F.
 _EDM_NAMES: dict[str, Parametrization] = {"epsilon": "edm", "v_prediction": "edm_v"}
@@ -207,6 +209,7 @@ class Schedule:
         num_train_timesteps: T.
         sigma_data: standard deviation of the data; of meaning for EDM only.
         clip: x0 is limited to [-clip, clip] in sampling, as pixel models' schedulers do; or None.
+        consistency: each step goes to the clean end and adds fresh noise, as with `LCMScheduler`.
     """
 
     def __init__(
@@ -224,6 +227,7 @@ class Schedule:
         self.kind: Kind = kind
         self.sigma_data = float(scheduler.config.sigma_data) if kind == "edm" else 0.5
         self.clip: float | None = None
+        self.consistency = type(scheduler).__name__ in _CONSISTENCY
         self.prediction_type: Parametrization = prediction_type
         self.num_train_timesteps = num_train_timesteps
         self._scheduler = scheduler
@@ -246,12 +250,14 @@ class Schedule:
         Raises:
             UserError: the scheduler is of another kind.
         """
-        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
         config = scheduler.config
         if hasattr(scheduler, "precondition_outputs"):
             return cls._from_edm(scheduler)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler):
+            if isinstance(scheduler, FlowMatchLCMScheduler):
+                spacing = "fractions"  # its own times are shifted twice; the last has hardly noise
             own = copy.deepcopy(scheduler)
             return cls("flow", "velocity", config.num_train_timesteps, own, spacing=spacing)
         if not hasattr(scheduler, "alphas_cumprod"):
@@ -264,7 +270,8 @@ class Schedule:
         ddim = DDIMScheduler.from_config(config)
         table = torch.cat([ddim.alphas_cumprod, ddim.final_alpha_cumprod.reshape(1)])
         kind = _FLOW_NAMES.get(config.prediction_type, config.prediction_type)
-        schedule = cls("ddpm", kind, config.num_train_timesteps, ddim, table)
+        own = scheduler if type(scheduler).__name__ in _CONSISTENCY else ddim
+        schedule = cls("ddpm", kind, config.num_train_timesteps, copy.deepcopy(own), table)
         # DDIM and DDPM clip unless told; a config of another class without the word does not.
         if config.get("clip_sample"):
             # Schedulers without the range of their own (PNDM) carry old configs that lack it.
@@ -442,6 +449,13 @@ class Schedule:
         normal = mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         return normal / 4 if self.kind == "edm" else self._flow_times(torch.sigmoid(normal))
 
+    def sampling_shift(self, tokens: int) -> float:
+        """k of shift(s) = k s / (1 + (k - 1) s), for a flow's sampling times; see `mu`."""
+        if not self.shifts_by_resolution:
+            return float(self._scheduler.shift)
+        mu = self.mu(tokens)
+        return mu if self._scheduler.config.time_shift_type == "linear" else math.exp(mu)
+
     def _flow_times(self, s: Tensor) -> Tensor:
         shift = 1.0 if self.shifts_by_resolution else float(self._scheduler.shift)
         return self.num_train_timesteps * (shift * s / (1 + (shift - 1) * s))
@@ -449,8 +463,8 @@ class Schedule:
     def sampling_timesteps(self, steps: int, mu: float | None = None) -> Tensor:
         """The times of an n-step sampler, (steps + 1,), from noise to the clean end.
 
-        The first `steps` are those of the stock DDIM, flow-matching or EDM scheduler; the last is
-        -1 (DDPM), 0 (flow) or -inf (EDM; but its scheduler may end at sigma_min). `mu` is the
+        The first `steps` are those of the stock DDIM, LCM, flow-matching or EDM scheduler; the last
+        is -1 (DDPM), 0 (flow) or -inf (EDM; but its scheduler may end at sigma_min). `mu` is the
         resolution shift of schedulers with dynamic shifting.
         """
         scheduler = copy.deepcopy(self._scheduler)
@@ -465,8 +479,9 @@ class Schedule:
         if self.kind == "edm":
             scheduler.set_timesteps(steps)
             return torch.log(scheduler.sigmas) / 4
-        if not 1 <= steps <= self.num_train_timesteps:
-            raise UserError(f"{steps} steps; this model has 1 to {self.num_train_timesteps}.")
+        most = scheduler.config[_MOST[self.consistency]]
+        if not 1 <= steps <= most:
+            raise UserError(f"{steps} steps; this model has 1 to {most}.")
         scheduler.set_timesteps(steps)
         return torch.cat([scheduler.timesteps.cpu(), torch.tensor([-1])])
 

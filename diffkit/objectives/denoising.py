@@ -313,10 +313,13 @@ class DenoisingObjective(Objective):
         if config.min_snr is not None:
             min_snr_weight(torch.ones(1), config.min_snr, schedule.prediction_type)
         schedule.train_timesteps(torch.zeros(1), config.density)
-        guidance = _told_guidance(model, config.guidance)
-        self._player = DenoisingPlayer(model.denoiser, config.min_snr, guidance)
+        self._player = DenoisingPlayer(model.denoiser, config.min_snr, self.told_guidance())
         self._device = torch.device("cpu")
         self._null: Conditioning | None = None
+
+    def told_guidance(self) -> float | None:
+        """The guidance scale that the network is told in training; None for one without it."""
+        return _told_guidance(self.model, self.config.guidance)
 
     def players(self) -> Mapping[str, nn.Module]:
         """One: the denoiser."""

@@ -61,10 +61,15 @@ def ema_decay(updates: int, decay: float) -> float:
 
 
 class Ema:
-    """A shadow of the trainable parameters: shadow <- d shadow + (1 - d) weights; a `snapshot`."""
+    """A shadow of the trainable parameters: shadow <- d shadow + (1 - d) weights; a `snapshot`.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    Arguments:
+        decay: d, or with `warm` the most that it becomes, see `ema_decay`.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, warm: bool = True) -> None:
         self.decay = decay
+        self.warm = warm
         self.module = module
         self.weights = snapshot(module)
         parameters = dict(module.named_parameters())
@@ -74,7 +79,8 @@ class Ema:
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Take in the module's weights after `updates` earlier updates."""
-        torch._foreach_lerp_(self._shadow, self._live, 1 - ema_decay(updates, self.decay))
+        decay = ema_decay(updates, self.decay) if self.warm else self.decay
+        torch._foreach_lerp_(self._shadow, self._live, 1 - decay)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
