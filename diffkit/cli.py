@@ -37,6 +37,9 @@ COMMANDS: dict[str, Command] = {
     "info": Command("diffkit.commands.info", "show a model's parts, sizes, schedule and cost"),
     "demo": Command("diffkit.commands.demo", "write one page that shows what diffkit does"),
     "data": Command("diffkit.commands.data", "look after a folder of training pictures"),
+    "trajectories": Command(
+        "diffkit.commands.trajectories", "make noise-image pairs of a teacher, for train gan"
+    ),
     "train": Command("diffkit.commands.train", "fine-tune a model (train OBJECTIVE)"),
     "lora": Command("diffkit.commands.lora", "merge, convert and look at LoRA files"),
     "push": Command("diffkit.commands.push", "upload a saved model or LoRA to the hub"),
@@ -118,7 +121,7 @@ def _near(word: str, known: dict[str, Command] | dict[str, type]) -> str:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<14}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: diffkit COMMAND ...",

@@ -31,7 +31,7 @@ from diffkit.data.visits import stack_rows
 from diffkit.errors import RunFailed, UserError
 from diffkit.models.conditioner import Conditioning, Sizes
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.randomness import SampleKeys
+from diffkit.randomness import SampleKeys, uniform
 
 __all__ = ["TrajectoryBatch", "TrajectoryData"]
 
@@ -52,6 +52,8 @@ class TrajectoryBatch:
         conditioning: from the embedding cache, without `time_ids`; None without one.
         labels: (B,) int64 class numbers; None for a model of text.
         sizes: of the picture, not cropped.
+        places: of the samples in the global batch, 0 ... batch size - 1.
+        unrelated: (B, C, h, w) float32, the end point of another pair each, drawn by address.
     """
 
     keys: SampleKeys
@@ -61,6 +63,8 @@ class TrajectoryBatch:
     conditioning: Conditioning | None
     labels: Tensor | None
     sizes: list[Sizes]
+    places: tuple[int, ...]
+    unrelated: Tensor
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -71,6 +75,7 @@ class TrajectoryBatch:
             self,
             noise=self.noise.to(device, non_blocking=True),
             latents=self.latents.to(device, non_blocking=True),
+            unrelated=self.unrelated.to(device, non_blocking=True),
             conditioning=None if self.conditioning is None else self.conditioning.to(device),
             labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
         )
@@ -80,7 +85,9 @@ class TrajectoryBatch:
 class _Pair:
     index: int
     epoch: int
+    place: int
     latents: Tensor
+    unrelated: Tensor
     prompt: Prompt
     embedding: dict[str, Tensor] | None
 
@@ -189,21 +196,24 @@ class TrajectoryData:
         cannot be shared evenly, and `RunFailed` for a shard that is gone.
         """
         plans = (
-            self.sampler.batch(step)[
+            list(enumerate(self.sampler.batch(step)))[
                 share(self.sampler.batch_size, rank, world, micro, accumulation)
             ]
             for step in range(first_step, last_step)
             for micro in range(accumulation)
         )
 
-        def start(pairs: list[tuple[int, int]], pool: Executor) -> list[Future[_Pair]]:
-            return [pool.submit(self._load, *pair) for pair in pairs]
+        def start(
+            pairs: list[tuple[int, tuple[int, int]]], pool: Executor
+        ) -> list[Future[_Pair]]:
+            return [pool.submit(self._load, *pair, place) for place, pair in pairs]
 
         return prefetch(plans, start, self._join, workers=workers, ahead=ahead)
 
     def pairs(self, positions: Sequence[int], epoch: int = 0) -> TrajectoryBatch:
         """The pairs at these positions of `kept`."""
-        return self._join([self._load(position, epoch) for position in positions])
+        places = enumerate(positions)
+        return self._join([self._load(position, epoch, place) for place, position in places])
 
     def _prompt(self, index: int) -> Prompt:
         return self.prompts[index % len(self.prompts)]
@@ -211,19 +221,26 @@ class TrajectoryData:
     def _opened(self, number: int) -> Any:
         return safe_open(shard_path(self.folder, number), framework="pt")
 
-    def _load(self, position: int, epoch: int) -> _Pair:
-        index, (number, row) = self.kept[position], self._places[position]
-        prompt, embedding = self._prompt(index), None
+    def _load(self, position: int, epoch: int, place: int) -> _Pair:
+        index, embedding = self.kept[position], None
+        prompt, count = self._prompt(index), len(self)
+        draw = uniform((), self.seed, epoch, index, "unrelated").item()
+        other = (position + 1 + int(draw * (count - 1))) % count
+        if self.embeddings is not None:
+            embedding = self.embeddings.require(prompt.text)
+        latents, unrelated = self._latents(position), self._latents(other)
+        return _Pair(index, epoch, place, latents, unrelated, prompt, embedding)
+
+    def _latents(self, position: int) -> Tensor:
+        number, row = self._places[position]
         try:
-            latents = self._open(number).get_slice("latents")[row : row + 1][0]
+            found: Tensor = self._open(number).get_slice("latents")[row : row + 1][0]
         except (OSError, SafetensorError) as error:
             raise RunFailed(
                 f"{shard_path(self.folder, number)}: cannot be read ({error}). Bring it back and "
                 "run the same command again: it goes on from the last checkpoint."
             ) from error
-        if self.embeddings is not None:
-            embedding = self.embeddings.require(prompt.text)
-        return _Pair(index, epoch, latents.float(), prompt, embedding)
+        return found.float()
 
     def _join(self, pairs: Sequence[_Pair]) -> TrajectoryBatch:
         indices = tuple(pair.index for pair in pairs)
@@ -238,6 +255,8 @@ class TrajectoryData:
             conditioning=stack_rows(rows) if rows else None,
             labels=torch.tensor(labels) if labels else None,
             sizes=[Sizes(size, (0, 0), size)] * len(pairs),
+            places=tuple(pair.place for pair in pairs),
+            unrelated=torch.stack([pair.unrelated for pair in pairs]),
         )
 
 

@@ -208,6 +208,7 @@ class Stamp:
     Attributes:
         header: digest of the header that it was made with.
         stop: the pair after its last one.
+        pairs: number of pairs, without those that were not finite.
         batch_size: pairs that were sampled at once, counted from the shard's first one.
         device: kind of the machine, such as cpu or cuda.
         checksum: of its tensors.
@@ -215,6 +216,7 @@ class Stamp:
 
     header: str
     stop: int
+    pairs: int
     batch_size: int
     device: str
     checksum: str

@@ -51,6 +51,6 @@ def build(folder: Path, prompts=PROMPTS, bad=(), **values) -> Path:
         rows = head.rows(number)
         indices = torch.tensor([i for i in rows if i not in bad], dtype=torch.int64)
         latents = indices.half().view(-1, 1, 1, 1).expand(-1, *head.shape)
-        stamp = Stamp(head.digest(), rows.stop, 2, "cpu", "")
+        stamp = Stamp(head.digest(), rows.stop, len(indices), 2, "cpu", "")
         write_shard(shard_path(folder, number), Shard(latents, indices), stamp)
     return folder
