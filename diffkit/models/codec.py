@@ -90,6 +90,17 @@ class Codec:
         self._check_size(height, width)
         return (self.channels, height // self.factor, width // self.factor)
 
+    def affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(shift, scale), broadcastable to (B, C, h, w): the VAE decodes z / scale + shift."""
+        config = self.vae.config
+        scale = torch.tensor(config.scaling_factor)
+        shift = torch.tensor(config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            scale = (scale / torch.tensor(std)).view(1, -1, 1, 1)
+            shift = torch.tensor(mean).view(1, -1, 1, 1)
+        return shift.to(like), scale.to(like)
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Codec:
@@ -305,24 +316,13 @@ class Codec:
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(device=self.device, dtype=self.dtype)
 
-    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(shift, scale), each broadcastable to (B, C, h, w)."""
-        config = self.vae.config
-        scale = torch.tensor(config.scaling_factor)
-        shift = torch.tensor(config.get("shift_factor") or 0.0)
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            scale = (scale / torch.tensor(std)).view(1, -1, 1, 1)
-            shift = torch.tensor(mean).view(1, -1, 1, 1)
-        return shift.to(like), scale.to(like)
-
     def _scaled(self, x: Tensor) -> Tensor:
-        shift, scale = self._affine(x)
+        shift, scale = self.affine(x)
         return (x - shift) * scale
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         latents = _at_least_float32(latents)
-        shift, scale = self._affine(latents)
+        shift, scale = self.affine(latents)
         return self._cast(latents / scale + shift)
 
     def _decode_tiled(self, latents: Tensor, checkpoint: Checkpoint, crop: Crop | None) -> Tensor:

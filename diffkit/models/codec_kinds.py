@@ -130,7 +130,8 @@ class PixelCodec(_Deterministic):
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """0 and 1."""
         return like.new_zeros(()), like.new_ones(())
 
 

@@ -27,7 +27,7 @@ from diffkit.models.feature_network import (
     read_config,
 )
 
-__all__ = ["TextImageScorer", "TextImageScorerConfig"]
+__all__ = ["TextImageScorer", "TextImageScorerConfig", "load_text_tower"]
 
 
 @dataclass(frozen=True)
@@ -129,16 +129,17 @@ class TextImageScorer(nn.Module):
             depths=tuple(values["depths"]),
             embedding_size=values["embedding_size"],
         )
-        text_encoder, tokenizer = _load_text_tower(path)
+        text_encoder, tokenizer = load_text_tower(path)
         scorer = cls(config, text_encoder, tokenizer)
         load_strictly(scorer.tower, path / "model.safetensors")
         return scorer.eval()
 
 
-def _load_text_tower(path: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """Read `text_encoder/` and `tokenizer/`, and check what transformers lets pass.
+def load_text_tower(path: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """Read `text_encoder/` and `tokenizer/` of a folder, in float32, every weight required.
 
-    It would fill missing weights at random and make an empty tokenizer where files are absent.
+    transformers would fill missing weights at random and make an empty tokenizer where files are
+    absent. Raises `UserError` for both.
     """
     try:
         text_encoder, report = CLIPTextModel.from_pretrained(

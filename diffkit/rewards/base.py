@@ -146,8 +146,8 @@ class PooledReward(Reward):
         size = pixels.shape[-2:]
         if min(size) <= self.side:
             return pixels
-        small = tuple(round(side * self.side / min(size)) for side in size)
-        pooled = nn.functional.adaptive_avg_pool2d(pixels, small)
+        height, width = (round(side * self.side / min(size)) for side in size)
+        pooled = nn.functional.adaptive_avg_pool2d(pixels, (height, width))
         return nn.functional.interpolate(pooled, size=size, mode="bilinear", align_corners=False)
 
 
