@@ -203,9 +203,7 @@ class TrajectoryData:
             for micro in range(accumulation)
         )
 
-        def start(
-            pairs: list[tuple[int, tuple[int, int]]], pool: Executor
-        ) -> list[Future[_Pair]]:
+        def start(pairs: list[tuple[int, tuple[int, int]]], pool: Executor) -> list[Future[_Pair]]:
             return [pool.submit(self._load, *pair, place) for place, pair in pairs]
 
         return prefetch(plans, start, self._join, workers=workers, ahead=ahead)

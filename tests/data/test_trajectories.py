@@ -58,6 +58,21 @@ def test_processes_and_parts_share_a_batch(folder):
     assert torch.cat(parts).equal(whole.noise)
 
 
+def test_places_and_unrelated_pairs_do_not_depend_on_the_split(folder):
+    """Never the pair itself; another one at another visit."""
+    data = TrajectoryData(folder, batch_size=4, seed=1)
+    (whole,) = data.batches(3, 4)
+    parts = [p for rank in range(2) for p in data.batches(3, 4, rank, 2, 2, workers=1)]
+    assert sum((part.places for part in parts), ()) == whole.places == (0, 1, 2, 3)
+    assert torch.cat([part.unrelated for part in parts]).equal(whole.unrelated)
+    others = []
+    for epoch in range(200):
+        batch = data.pairs([0, 1, 9], epoch)
+        assert (batch.unrelated != batch.latents).all()
+        others.append(batch.unrelated[2, 0, 0, 0].item())
+    assert set(others) == set(range(9))
+
+
 def test_pairs_that_were_not_finite_are_passed_over(tmp_path):
     data = TrajectoryData(build(tmp_path / "pairs", bad=(0, 5)), batch_size=8, seed=0)
     (batch,) = data.batches(0, 1)
