@@ -82,7 +82,7 @@ def load_extractor(spec: str = "embedded", device: str | torch.device = "cpu") -
     if kind == "inception":
         return _inception(rest, place)
     if kind == "clip":
-        from diffkit.evaluation.clip import load_clip
+        from diffkit.models.clip import load_clip
 
         clip = load_clip(spec, place)
         return Extractor(

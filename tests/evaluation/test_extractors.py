@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from diffkit.errors import UserError
-from diffkit.evaluation.clip import load_clip, prepare
 from diffkit.evaluation.extractors import load_extractor
 from diffkit.evaluation.metrics.registry import METRICS
 from diffkit.evaluation.metrics.tools import Toolbox
 from diffkit.evaluation.pictures import to_float
+from diffkit.models.clip import load_clip, prepare
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.named_weights import load_named_weights, optional_module
 from diffkit.randomness import integers

@@ -43,7 +43,7 @@ def load_scorer(spec: str, device: torch.device) -> Scorer:
     Raises `UserError` for an unknown name or weights that cannot be had.
     """
     if spec.startswith("clip:"):
-        from diffkit.evaluation.clip import load_clip
+        from diffkit.models.clip import load_clip
 
         clip = load_clip(spec, device)
         return Scorer(

@@ -1,9 +1,10 @@
-"""CLIP models of open_clip as extractor and as scorer; see `extractors` for their names."""
+"""CLIP models of open_clip: extractor, scorer and reward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +19,77 @@ from diffkit.errors import UserError
 from diffkit.models.fingerprint import fingerprint_module
 from diffkit.models.named_weights import load_named_weights, optional_module
 
-__all__ = ["Clip", "load_clip"]
+__all__ = ["Clip", "clip_of_weights", "load_clip", "prepare"]
 
 
-@dataclass(frozen=True)
 class Clip:
-    """Both towers of a CLIP model with its own preprocessing.
+    """Both towers of a CLIP model of open_clip with its own preprocessing, frozen.
 
-    `embed_images` takes images (B, 3, H, W) in [-1, 1], `embed_texts` a list of texts; both give
-    unit vectors (B, d), float32, on `device`. A text longer than the model's context is cut.
+    Arguments:
+        name, label: of reports, without paths.
+        model, tokenizer: open_clip's own; the model's dtype computes.
     """
 
-    name: str
-    label: str
-    dim: int
-    resize: str
-    key: str
-    embed_images: Callable[[Tensor], Tensor]
-    embed_texts: Callable[[list[str]], Tensor]
-    device: torch.device
+    def __init__(self, name: str, label: str, model: Any, tokenizer: Any) -> None:
+        self.name, self.label = name, label
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self._rule = dict(model.visual.preprocess_cfg)
+        size = self._rule["size"]
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        self._size = int(height), int(width)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def dim(self) -> int:
+        """Length d of a vector."""
+        with torch.no_grad():
+            return int(self.embed_images(torch.zeros(1, 3, 32, 32)).shape[-1])
+
+    @property
+    def logit_scale(self) -> float:
+        """The inverse temperature of its training."""
+        return float(self.model.logit_scale.exp())
+
+    @property
+    def resize(self) -> str:
+        """How it brings pictures to its own size."""
+        squash = self._rule["resize_mode"] == "squash"
+        crop = "whole" if squash else "shortest side, middle cropped"
+        height, width = self._size
+        how = self._rule["interpolation"]
+        return f"resized to {width}x{height} ({how}, antialiased; {crop})"
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of its weights and its preprocessing."""
+        return fingerprint_module(self.model, str(sorted(self._rule.items())))
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, d), float32, of images (B, 3, H, W) in [-1, 1]; differentiable."""
+        pixels = prepare(images.to(self.device), self._size, self._rule)
+        dtype = next(self.model.parameters()).dtype
+        return F.normalize(self.model.encode_image(pixels.to(dtype)).float(), dim=-1)
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Unit vectors (B, d), float32, without gradient; a text longer than its context is cut."""
+        with torch.no_grad():
+            tokens = self.tokenizer(texts).to(self.device)
+            return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
 
-def load_clip(spec: str, device: torch.device) -> Clip:
+def load_clip(spec: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Clip:
     """The model of "clip:ARCH:TAG", "clip:ARCH:PATH" or "clip:ARCH:TAG=PATH".
 
     A tag is fetched by open_clip, which keeps it in the hub's cache; a path needs no network.
     Raises `UserError` for an unknown architecture or tag, a missing package, and weights that
     cannot be had or do not fit.
     """
-    open_clip = optional_module("open_clip", "evaluate", spec)
+    open_clip = optional_module("open_clip", "rewards", spec)
     parts = spec.split(":", 2)
     if len(parts) < 3 or not parts[2]:
         raise UserError(
@@ -61,8 +104,8 @@ def load_clip(spec: str, device: torch.device) -> Clip:
     else:
         tag, _, path = weights.rpartition("=")
         model = _from_file(open_clip, arch, tag, path)
-    model = model.to(device).eval().requires_grad_(False)
-    return _wrapped(open_clip, arch, model, device)
+    name, label = f"clip:{arch}", f"open_clip {arch}"
+    return Clip(name, label, model.to(device, dtype), open_clip.get_tokenizer(arch))
 
 
 def _fetched(open_clip: Any, arch: str, tag: str) -> Any:
@@ -93,46 +136,31 @@ def _from_file(open_clip: Any, arch: str, tag: str, path: str) -> Any:
         force_preprocess_cfg={key: config[key] for key in keys if key in config},
         pretrained_text=False,
     )
+    _fill(open_clip, arch, model, path)
+    return model
+
+
+def clip_of_weights(arch: str, path: str | os.PathLike[str], purpose: str) -> Any:
+    """open_clip's model of an architecture with OpenAI's normalisation and weights of a file.
+
+    Raises `UserError` for a missing package, and weights that cannot be read or do not fit.
+    """
+    open_clip = optional_module("open_clip", "rewards", purpose)
+    model = open_clip.create_model(arch, load_weights=False, pretrained_text=False)
+    _fill(open_clip, arch, model, path)
+    return model
+
+
+def _fill(open_clip: Any, arch: str, model: Any, path: str | os.PathLike[str]) -> None:
     state = load_named_weights(path)
     try:
         model.load_state_dict(open_clip.convert.convert_state_dict(model, dict(state)))
     except RuntimeError as error:
         raise UserError(f"{path}: are not weights of {arch} ({_first_line(error)}).") from error
-    return model
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _wrapped(open_clip: Any, arch: str, model: Any, device: torch.device) -> Clip:
-    rule = dict(model.visual.preprocess_cfg)
-    size = rule["size"] if isinstance(rule["size"], tuple | list) else (rule["size"],) * 2
-    tokenizer = open_clip.get_tokenizer(arch)
-
-    def embed_images(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            pixels = prepare(images.to(device), (int(size[0]), int(size[1])), rule)
-            return F.normalize(model.encode_image(pixels).float(), dim=-1)
-
-    def embed_texts(texts: list[str]) -> Tensor:
-        with torch.no_grad():
-            return F.normalize(model.encode_text(tokenizer(texts).to(device)).float(), dim=-1)
-
-    with torch.no_grad():
-        dim = embed_images(torch.zeros(1, 3, 32, 32)).shape[-1]
-    squash = rule["resize_mode"] == "squash"
-    crop = "whole" if squash else "shortest side, middle cropped"
-    return Clip(
-        name=f"clip:{arch}",
-        label=f"open_clip {arch}",
-        dim=dim,
-        resize=f"resized to {size[1]}x{size[0]} ({rule['interpolation']}, antialiased; {crop})",
-        key=fingerprint_module(model, str(sorted(rule.items()))),
-        embed_images=embed_images,
-        embed_texts=embed_texts,
-        device=device,
-    )
 
 
 def prepare(images: Tensor, size: tuple[int, int], rule: Mapping[str, Any]) -> Tensor:
