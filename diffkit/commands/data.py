@@ -23,7 +23,7 @@ class DataCheckConfig:
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Pictures with metadata.{jsonl,csv,parquet}, with .txt files beside them, or in class
     folders; preference pairs where the table has columns winner and loser, or image_0, image_1 and
-    label_0."""
+    label_0; or the noise-image pairs of `diffkit trajectories`."""
 
     smallest: int = 32
     """A shorter side below this many pixels is a problem."""

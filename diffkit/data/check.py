@@ -13,6 +13,8 @@ from diffkit.data.layout import Problem, read_layout
 from diffkit.data.preference_columns import none_left
 from diffkit.data.preference_layout import is_pair_folder, read_pair_layout
 from diffkit.data.scan import threaded
+from diffkit.data.trajectory_check import check_trajectories
+from diffkit.data.trajectory_store import is_trajectory_folder
 
 __all__ = ["Problem", "Report", "check"]
 
@@ -23,7 +25,8 @@ class Report:
 
     `counts` holds "images" (files or rows looked at), "captions", "classes" and "good" (images
     without a problem of their own); of a folder of preference pairs the numbers of "pairs", "ties"
-    and "unlabelled" rows in place of "classes".
+    and "unlabelled" rows in place of "classes". Of a folder of noise-image pairs it holds "pairs",
+    "dropped" and "prompts".
     """
 
     folder: str
@@ -38,6 +41,12 @@ class Report:
     def summary(self) -> str:
         """A short text for a person: what was looked at, each kind of problem with its files."""
         counts = self.counts
+        if "dropped" in counts:
+            lines = [
+                f"{self.folder}: {counts['pairs']} noise-image pairs of {counts['prompts']} "
+                f"prompts, {counts['dropped']} left out as not finite."
+            ]
+            return "\n".join([*lines, *self._listed()])
         seen = f"{counts['images']} images, {counts['captions']} captions, "
         if "pairs" in counts:
             seen += (
@@ -46,13 +55,15 @@ class Report:
             )
         else:
             seen += f"{counts['classes']} classes"
-        lines = [f"{self.folder}: {seen}; {counts['good']} images without a problem."]
+        first = f"{self.folder}: {seen}; {counts['good']} images without a problem."
+        return "\n".join([first, *self._listed()])
+
+    def _listed(self) -> list[str]:
+        lines = []
         for kind, number in self.kinds.items():
             lines.append(f"\n{kind} ({number})")
             lines += [f"  {problem}" for problem in self.problems if problem.kind == kind]
-        if not self.problems:
-            lines.append("Nothing is wrong.")
-        return "\n".join(lines)
+        return lines or ["Nothing is wrong."]
 
 
 def check(
@@ -64,15 +75,19 @@ def check(
 ) -> Report:
     """Read and decode every picture of `folder`, by several threads and with progress.
 
-    A folder whose table names pairs of pictures is read as one of preference pairs. The kinds of
-    problem, in the order of the report: "corrupt" (missing, empty, truncated, not a picture, of a
-    mode or a size that is not read), "caption without image", "bad caption", "bad row", "no pair"
-    (no row of a table of pairs prefers a picture), "no captions" (of pairs), "image without
-    caption", "pair without caption", "equal pictures" (a pair of a picture with itself), "unlisted
-    image", "too small" (a side below `smallest` pixels), "duplicate" (the same bytes, or the same
-    file named twice). Raises `UserError` when there is no such folder, no picture in it,
-    or its table as a whole cannot be read.
+    A folder whose table names pairs of pictures is read as one of preference pairs, and one that
+    `diffkit trajectories` made as `check_trajectories` does. The kinds of problem of pictures, in
+    the order of the report: "corrupt" (missing, empty, truncated, not a picture, of a mode or a
+    size that is not read), "caption without image", "bad caption", "bad row", "no pair" (no row of
+    a table of pairs prefers a picture), "no captions" (of pairs), "image without caption", "pair
+    without caption", "equal pictures" (a pair of a picture with itself), "unlisted image", "too
+    small" (a side below `smallest` pixels), "duplicate" (the same bytes, or the same file named
+    twice). Raises `UserError` when there is no such folder, no picture in it, or its table as a
+    whole cannot be read.
     """
+    if is_trajectory_folder(folder):
+        found, counts = check_trajectories(Path(folder))
+        return Report(str(folder), tuple(found), counts)
     if is_pair_folder(folder):
         return _check_pairs(Path(folder), caption_column, smallest)
     layout = read_layout(folder, caption_column, label_column)
