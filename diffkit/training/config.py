@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -184,6 +184,22 @@ class TrainConfig:
         """Whether the data are preference pairs; a sample is then a pair."""
         return False
 
+    def trajectories(self) -> bool:
+        """Whether the data are noise-image pairs of `diffkit trajectories`."""
+        return False
+
+    def prepared(self, model: LatentDiffusion) -> LatentDiffusion:
+        """What trains, made of the model that was loaded; by default that itself."""
+        return model
+
+    def adapted(self, model: LatentDiffusion) -> tuple[str, ...] | None:
+        """Names of the layers that get a LoRA; None for the model family's own."""
+        return self.lora_targets
+
+    def sampling_guidance(self, model: LatentDiffusion) -> float | None:
+        """The guidance scale of what trains; None for that of the model's card or family."""
+        return None
+
     def result_name(self) -> str:
         """Name of the folder of the result in the output folder."""
         return "model" if self.lora_rank is None else "lora"
@@ -222,6 +238,8 @@ class TrainConfig:
             self._check_changing_prompts()
         if self.pairs():
             self._check_pairs()
+        if self.trajectories():
+            self._check_trajectories()
         if self.cache_latents and self.crop == "random":
             raise UserError("cache_latents: needs the same crop at every visit; use --crop center.")
 
@@ -255,6 +273,17 @@ class TrainConfig:
                 "image_column: a pair has two pictures, in the columns jpg_0 and jpg_1, image_0 "
                 "and image_1, or winner and loser; leave it out and name the columns so."
             )
+
+    def _check_trajectories(self) -> None:
+        of_pictures = ["split", "image_column", "caption_column", "streaming", "size", "max_aspect"]
+        of_pictures += ["crop", "flip", "cache_latents"]
+        usual = {field.name: field.default for field in fields(TrainConfig)}
+        for name in of_pictures:
+            if getattr(self, name) != usual[name]:
+                raise UserError(
+                    f"{name}: is about pictures, and the pairs of `diffkit trajectories` are noise "
+                    "and latents as they are; leave it out."
+                )
 
     def _check_ranges(self) -> None:
         positive = ["max_steps", "batch_size", "accumulation", "learning_rate", "lora_rank", "size"]

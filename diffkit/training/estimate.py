@@ -15,6 +15,7 @@ from diffkit.data.paired import PairedData
 from diffkit.data.preference_columns import left_out
 from diffkit.data.preferences import PreferenceData
 from diffkit.data.stream import StreamedData
+from diffkit.data.trajectories import TrajectoryData
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import Objective, reduce_loss
 from diffkit.training.config import TrainConfig
@@ -27,7 +28,7 @@ from diffkit.training.report import duration
 
 __all__ = ["dry_run", "state_bytes"]
 
-Data = TrainingData | StreamedData | PairedData | PreferenceData
+Data = TrainingData | StreamedData | PairedData | PreferenceData | TrajectoryData
 
 _GIB = 1024**3
 _MEASURED = 4
@@ -80,7 +81,7 @@ def _costs(config: TrainConfig, accelerator: Any, data: Data, objective: Objecti
     averaged = set(objective.averaged())
     lines = ["pictures: a stream of unknown length"]
     if not isinstance(data, StreamedData):
-        noun = "pairs" if isinstance(data, PreferenceData) else "pictures"
+        noun = "pairs" if isinstance(data, PreferenceData | TrajectoryData) else "pictures"
         lines = [f"{noun}: {len(data)} ({data.steps_per_epoch:.1f} steps an epoch)"]
     if isinstance(data, PreferenceData):
         lines.append(f"left out of {data.source.rows} rows: {left_out(data.source)}")

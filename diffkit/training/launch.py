@@ -24,6 +24,7 @@ from diffkit.data.recaption import Recaptioned
 from diffkit.data.records import ImageSource
 from diffkit.data.scan import require_captions
 from diffkit.data.stream import StreamedData
+from diffkit.data.trajectories import TrajectoryData
 from diffkit.errors import UserError
 from diffkit.generation.card import read_card
 from diffkit.models.classes import Classes
@@ -50,10 +51,11 @@ __all__ = [
     "build_objective",
     "example_prompts",
     "fill_caches",
+    "picture_side",
     "train",
 ]
 
-Data = TrainingData | StreamedData | PairedData | PreferenceData
+Data = TrainingData | StreamedData | PairedData | PreferenceData | TrajectoryData
 
 LORA_NAME = "default"
 EXAMPLES = 4
@@ -92,7 +94,7 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
     main = accelerator.is_main_process
     model = build_model(config)
     data: Data = build_data(config, model)
-    wanted, size = config.companions(), config.size or model.default_size
+    wanted, size = config.companions(), picture_side(config, model, data)
     companions = None
     if wanted is not None and wanted.folder is not None:
         companions = build_companions(config, model, ImageFolder(wanted.folder))
@@ -137,6 +139,9 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Any) -> int:
 def _validation_guidance(config: TrainConfig, model: LatentDiffusion) -> float:
     if config.validation_guidance is not None:
         return config.validation_guidance
+    usual = config.sampling_guidance(model)
+    if usual is not None:
+        return usual
     return read_card(config.model, config.revision).guidance(model.family.guidance_scale)
 
 
@@ -149,7 +154,8 @@ def build_model(config: TrainConfig) -> LatentDiffusion:
     autocast does its arithmetic.
     """
     options: dict[str, Any] = {"variant": config.variant, "revision": config.revision}
-    model = LatentDiffusion.load(config.model, attention=config.attention, **options)
+    loaded = LatentDiffusion.load(config.model, attention=config.attention, **options)
+    model = config.prepared(loaded)
     dtype = DTYPES[config.mixed_precision]
     network: Any
     for network in model.networks.values():
@@ -170,7 +176,7 @@ def build_model(config: TrainConfig) -> LatentDiffusion:
         from diffkit.models.lora import add_lora
 
         text = TEXT_TARGETS if "text encoders" in trained else ()
-        shape = config.lora_rank, config.lora_alpha, config.lora_targets
+        shape = config.lora_rank, config.lora_alpha, config.adapted(model)
         add_lora(model, *shape, name=LORA_NAME, seed=config.seed, text_targets=text)
     model.denoiser.train()
     if config.gradient_checkpointing:
@@ -194,8 +200,13 @@ def _lower(encoder: nn.Module, dtype: torch.dtype) -> None:
 
 def build_data(
     config: TrainConfig, model: LatentDiffusion
-) -> TrainingData | StreamedData | PreferenceData:
+) -> TrainingData | StreamedData | PreferenceData | TrajectoryData:
     """The batches of the run; raises `UserError` for data or a size that cannot be used."""
+    if config.trajectories():
+        _check_labels(config, model)
+        pairs = TrajectoryData(config.data, batch_size=config.batch_size, seed=config.seed)
+        pairs.check(model)
+        return pairs
     options = _data_options(config, model)
     if config.pairs():
         return _build_pairs(config, model, options)
@@ -250,6 +261,13 @@ def build_companions(
     source = Recaptioned(source, (wanted.caption,))
     options = _data_options(config, model) | {"seed": address(config.seed, "companions")}
     return TrainingData(source, max_aspect=config.max_aspect, **options)
+
+
+def picture_side(config: TrainConfig, model: LatentDiffusion, data: Data) -> int:
+    """Side in pixels of the square pictures that the run is about."""
+    if isinstance(data, TrajectoryData) and len(set(data.header.size)) == 1:
+        return data.header.size[0]
+    return config.size or model.default_size
 
 
 def _data_options(config: TrainConfig, model: LatentDiffusion) -> dict[str, Any]:
@@ -322,6 +340,7 @@ def fill_caches(
     if config.cache_latents:
         model.codec.to(accelerator.device)
         for part in sets:
+            assert not isinstance(part, TrajectoryData)  # refused by the config
             cache_latents(part, folder.cache, model.codec, **place)
         model.codec.to("cpu")
     if config.cache_embeddings:
