@@ -1,0 +1,264 @@
+"""Reward-guided latent consistency distillation: few steps, towards what a reward prefers.
+
+Li et al. 2024 (arXiv:2403.11027). To the distillation loss of the student's estimate f (see
+`diffkit.objectives.consistency`) comes the reward of the same tensor, at all times,
+
+    loss = d(f, f') - sum_k w_k a_t R_k(clamp(D(f), -1, 1), c)
+
+directly, or through a proxy S that reads latents, which costs no decode and lets no gradient of the
+pixels through. The proxy is a player of its own: after the student's step it is fitted to what the
+reward says of the student's estimate, the target and the real picture (`diffkit.rewards.refit`).
+
+The weights w_k keep each reward's gradient at f at a share of the distance's, or are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffkit.data.batch import Batch
+from diffkit.errors import UserError
+from diffkit.models.classes import Classes
+from diffkit.models.codec import Codec
+from diffkit.models.decode import Checkpoint
+from diffkit.models.few_step import frozen_teacher
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.tiny_decoder import TinyDecoder, load_tiny_decoder
+from diffkit.objectives.base import Phase
+from diffkit.objectives.consistency import ConsistencyObjective
+from diffkit.objectives.consistency_config import ConsistencyConfig
+from diffkit.objectives.denoising import Draws
+from diffkit.objectives.reward_guided_config import RewardConfig
+from diffkit.objectives.reward_player import (
+    MAIN,
+    ProxyPlayer,
+    RewardDraws,
+    RewardedPlayer,
+    RewardShared,
+    median_means,
+)
+from diffkit.objectives.reward_terms import PictureRewards, WeightedReward
+from diffkit.objectives.shares import GradientShare
+from diffkit.perceptual.decoded import check_decoder
+from diffkit.randomness import SampleKeys
+from diffkit.rewards.latent_clip import LatentClip
+from diffkit.rewards.proxies import load_proxy, new_tap_proxy
+from diffkit.rewards.proxy import LatentProxy
+from diffkit.rewards.refit import RunningMedian
+
+__all__ = ["RewardGuidedObjective", "distinct_names", "prompts_of"]
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """The names, later ones of the same word with a number: clip, clip_2, ..."""
+    found: list[str] = []
+    for name in names:
+        again = sum(name == other.rsplit("_", 1)[0] or name == other for other in found)
+        found.append(f"{name}_{again + 1}" if again else name)
+    return found
+
+
+def prompts_of(batch: Batch, classes: Classes | None) -> list[str]:
+    """Captions, or names of the classes, of B samples; their tensors lie on the CPU."""
+    if classes is None:
+        return batch.captions
+    if batch.labels is None:
+        return [""] * len(batch)
+    return [classes.name(number) for number in batch.labels.tolist()]
+
+
+def fitted_rows(keys: SampleKeys, share: float, repeat: int) -> tuple[Tensor, Tensor]:
+    """(rows (n,), weights (n,)) of the samples that a part `share` of all is drawn of, by address.
+
+    n is at least 1: where none was drawn, the first row comes with the weight 0.
+    """
+    chosen = keys.uniform(f"refit/{repeat}" if repeat else "refit") < share
+    rows = chosen.nonzero().flatten()
+    if len(rows):
+        return rows, torch.full((len(rows),), 1 / share)
+    return torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+
+
+class RewardGuidedObjective(ConsistencyObjective):
+    """Reward-guided distillation of all weights, or of the LoRA that the model carries.
+
+    Arguments:
+        model: of `prepare_student`, see `ConsistencyObjective`.
+        config: see `ConsistencyConfig`.
+        reward: see `RewardConfig`.
+        rewards: those that `reward` names, with their weights; none for a frozen proxy.
+        lora: name of the LoRA that is trained, None when all weights are.
+        dtype: of the teacher's copy.
+        refit_rate: learning rate of the proxy in parts of the run's.
+        seed: of the weights of a proxy that is made anew.
+
+    Raises `UserError` for a config that this model cannot be trained with.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        config: ConsistencyConfig,
+        reward: RewardConfig,
+        rewards: Sequence[WeightedReward] = (),
+        lora: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        refit_rate: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        reward.check()
+        super().__init__(model, config, lora, dtype)
+        self.reward = reward
+        self.pictures: PictureRewards | None = None
+        self.proxy: LatentProxy | None = None
+        self.median = RunningMedian()
+        self._weights: GradientShare | None = None
+        self._refit: ProxyPlayer | None = None
+        self._refit_rate = refit_rate
+        if reward.active:
+            self._guide(rewards, dtype, seed)
+
+    def _guide(self, rewards: Sequence[WeightedReward], dtype: torch.dtype, seed: int) -> None:
+        """Make the rewards, their weights and the players that know of them."""
+        config, reward, model = self.consistency, self.reward, self.model
+        if config.segments > 1:
+            raise UserError(
+                "lcd.segments: a student of several segments ends in noisy latents, which no "
+                "reward can judge; use --lcd.segments 1, or --reward.mode none."
+            )
+        if rewards:
+            self.pictures = self._picture_rewards(rewards)
+        if reward.proxied:
+            self.proxy = self._open_proxy(dtype, seed).requires_grad_(False)
+        weights = {"proxy": 1.0}
+        if self.pictures is not None and not reward.proxied:
+            weights = {name: weight for name, (_, weight) in self.pictures.rewards.items()}
+        self._weights = GradientShare(MAIN, reward.shares(weights))
+        self._student = RewardedPlayer(
+            model.denoiser, config, self._perceptual, self._weights, self.pictures, self.proxy
+        )
+        if reward.mode == "proxy":
+            assert self.proxy is not None and self.pictures is not None
+            self.proxy.lock()
+            options = self.median, reward.smooth_real
+            self._refit = ProxyPlayer(self.proxy, self.pictures, *options)
+
+    def _picture_rewards(self, rewards: Sequence[WeightedReward]) -> PictureRewards:
+        config, codec = self.reward, self.model.codec
+        self._decoder: Codec | TinyDecoder = codec
+        if config.decoder is not None:
+            self._decoder = load_tiny_decoder(config.decoder, codec)
+        check_decoder(self._decoder, self.model.family.name)
+        names = distinct_names([reward.name for reward, _ in rewards])
+        checkpoint: Checkpoint = None if config.checkpoint == "none" else config.checkpoint
+        named = dict(zip(names, rewards, strict=True))
+        return PictureRewards(named, self._decoder, config.chunk, checkpoint)
+
+    def _open_proxy(self, dtype: torch.dtype, seed: int) -> LatentProxy:
+        model, place = self.model, self.reward.proxy
+        # A head reads features of weights that stay: the student's own are no measure of it.
+        teacher = self._teacher or frozen_teacher(model, dtype)
+        if place is not None:
+            proxy = load_proxy(place, teacher)
+            if isinstance(proxy, LatentClip) and proxy.config.channels != model.codec.channels:
+                raise UserError(
+                    f"{place}: reads latents of {proxy.config.channels} channels, and this model's "
+                    f"have {model.codec.channels}; give one that was made for this model."
+                )
+            return proxy
+        size, conditioner = model.default_size, model.conditioner
+        cond = conditioner.encode([conditioner.example], (size, size))
+        return new_tap_proxy(teacher, cond.to(teacher.device), seed)
+
+    def players(self) -> Mapping[str, nn.Module]:
+        """The student, and the proxy that is fitted."""
+        found = dict(super().players())
+        return found if self._refit is None else found | {"proxy": self._refit}
+
+    def phases(self) -> Sequence[Phase]:
+        """A step of the student, then one of the proxy."""
+        student = tuple(super().phases())
+        if self._refit is None:
+            return student
+        every = self.reward.refit_every
+        return (*student, Phase("refit", "proxy", every=every, rate=self._refit_rate))
+
+    def place(self, device: torch.device) -> None:
+        """Move decoder, rewards and proxy."""
+        super().place(device)
+        self.median.place(self._device)
+        if self._weights is not None:
+            self._weights.place(self._device)
+        if self.pictures is not None:
+            self._decoder.to(self._device)
+            self.pictures.to(self._device)
+        if self.proxy is not None:
+            self.proxy.to(self._device)
+
+    # -- what lasts ---------------------------------------------------------------------------
+
+    def shown(self) -> Sequence[str]:
+        """The rewards; how well a fitted proxy agrees with them."""
+        if self._refit is not None:
+            return ("refit/reward", "refit/accuracy")
+        return () if self._weights is None else self._weights.names[1:]
+
+    def watched(self) -> Sequence[str]:
+        """Lengths of gradients, and the gaps that the temperature follows."""
+        weights = () if self._weights is None else self._weights.watched()
+        return (*weights, *self.median.watched()) if self._tempered else weights
+
+    @property
+    def _tempered(self) -> bool:
+        return self._refit is not None and self._refit.pictures.logit_scale is None
+
+    def stepped(self, phase: str, means: Mapping[str, Tensor]) -> None:
+        """Let the weights and the temperature follow."""
+        super().stepped(phase, means)
+        if phase == "refit":
+            if self._tempered:
+                self.median.update(median_means(self.median, means))
+        elif self._weights is not None:
+            self._weights.update(means)
+
+    def state(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Besides that of distillation the gradients' lengths, and the temperature."""
+        found = dict(super().state())
+        if self._weights is not None:
+            found["shares"] = self._weights.tensors
+        return found | {"temperature": self.median.tensors} if self._tempered else found
+
+    # -- a step -------------------------------------------------------------------------------
+
+    def draw(self, batch: Batch, repeat: int) -> Any:
+        """Those of distillation, the prompts, and which samples the proxy is fitted on."""
+        draws = super().draw(batch, repeat)
+        if self._weights is None:
+            return draws
+        prompts = prompts_of(batch, self.model.conditioner.classes)
+        chosen = fitted_rows(batch.keys, self.reward.refit_share, repeat)
+        rows, weight = (x.to(self._device, non_blocking=True) for x in chosen)
+        named = {f.name: getattr(draws, f.name) for f in fields(draws)}
+        return RewardDraws(**named, prompts=prompts, fitted=rows, fit_weight=weight)
+
+    def shared(self, draws: Draws) -> Any:
+        """What teacher and target say, and the prompts as rewards and proxy read them."""
+        shared = super().shared(draws)
+        if self._weights is None:
+            return shared
+        assert isinstance(draws, RewardDraws)
+        named: dict[str, Any] = {f.name: getattr(shared, f.name) for f in fields(shared)}
+        named["factor"] = torch.ones(len(shared.z0), device=shared.z0.device)
+        if self.reward.weighting == "alpha":
+            named["factor"] = self.model.schedule.alpha_sigma(draws.t)[0]
+        if self.pictures is not None:
+            named["embedded"] = self.pictures.embed(draws.prompts)
+        if self.proxy is not None:
+            named["told"] = told = self.proxy.told(draws.prompts, shared.cond)
+            named["text"] = self.proxy.embed_text(told)
+        return RewardShared(**named)
