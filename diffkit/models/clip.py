@@ -19,7 +19,16 @@ from diffkit.errors import UserError
 from diffkit.models.fingerprint import fingerprint_module
 from diffkit.models.named_weights import load_named_weights, optional_module
 
-__all__ = ["Clip", "clip_of_weights", "load_clip", "prepare"]
+__all__ = ["CLIP_RULE", "Clip", "clip_of_weights", "load_clip", "prepare"]
+
+
+CLIP_RULE: Mapping[str, Any] = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+"""OpenAI's preprocessing, see `prepare`, which most scorers keep to."""
 
 
 class Clip:
@@ -164,7 +173,11 @@ def _first_line(error: Exception) -> str:
 
 
 def prepare(images: Tensor, size: tuple[int, int], rule: Mapping[str, Any]) -> Tensor:
-    """open_clip's evaluation preprocessing on tensors: [-1, 1] in, normalised (B, 3, *size) out."""
+    """open_clip's evaluation preprocessing: images (B, 3, H, W) in [-1, 1] -> pixels (B, 3, *size).
+
+    Resized with antialiasing: "squash" to the size, else the shorter side to it and the middle cut
+    out; limited to [0, 1], then (x - mean) / std.
+    """
     pixels = (images.float() + 1) / 2
     method = InterpolationMode(rule["interpolation"])
     if rule["resize_mode"] == "squash":

@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 __all__ = ["REWARDS", "load_reward", "parse_reward", "parse_rewards"]
 
 REWARDS = {
-    "embedded": "diffkit.rewards.embedded",
+    "embedded": "embedded:load",
+    "hpsv2": "clip:load_hps",
+    "pickscore": "pickscore:load",
+    "imagereward": "image_reward:load",
+    "clip": "clip:load",
+    "aesthetic": "aesthetic:load",
 }
-"""The module of each reward; its `load(place, device, dtype)` makes it, place "" for the usual."""
+"""The module and function of each reward: (place or "" for the usual, device, dtype) -> Reward."""
 
 _SPEC = re.compile(r"(?P<kind>[a-z0-9]+)(@(?P<side>\d+))?(:(?P<place>.+))?")
 
@@ -92,6 +97,7 @@ def load_reward(
     from diffkit.rewards.base import PooledReward
 
     kind, side, place = parse_reward(spec)
-    module = importlib.import_module(REWARDS[kind])
-    reward: Reward = module.load(place, torch.device(device), dtype or torch.float32)
+    module, _, function = REWARDS[kind].partition(":")
+    load = getattr(importlib.import_module(f"diffkit.rewards.{module}"), function)
+    reward: Reward = load(place, torch.device(device), dtype or torch.float32)
     return reward if side is None else PooledReward(reward, side)
