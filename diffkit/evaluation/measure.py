@@ -141,8 +141,8 @@ class Bench:
         found = Measured()
         self._samples(chosen, found)
         self._sets(chosen, found)
-        order = list(METRICS)
-        found.rows.sort(key=lambda row: order.index(row["name"]))
+        order = {name: place for place, name in enumerate(METRICS)}
+        found.rows.sort(key=lambda row: order.get(row["name"], len(order)))
         return found
 
     @property

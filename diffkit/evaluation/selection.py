@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from diffkit.errors import UserError
 from diffkit.evaluation.metrics.base import Metric, SampleMetric, SetMetric, Situation
 from diffkit.evaluation.metrics.registry import GROUPS, METRICS, select
+from diffkit.evaluation.metrics.tools import REWARD
 
 __all__ = ["COST", "Chosen", "Selection", "choose"]
 
@@ -35,11 +36,12 @@ class Selection:
         """Names and groups; none is everything. Raises `UserError` for an unknown one."""
         known = (*METRICS, *GROUPS, COST)
         for word in words:
-            if word not in known:
+            if word not in known and not word.startswith(REWARD):
                 raise UserError(f"--metrics {word}: unknown. {_nearest(word, known)}")
         others = [word for word in words if word != COST]
         metrics = select(others) if others or not words else ()
-        named = frozenset(word for word in words if word in METRICS or word == COST)
+        rewards = (metric.name for metric in metrics if metric.name.startswith(REWARD))
+        named = frozenset([*rewards, *(w for w in words if w in METRICS or w == COST)])
         return cls(metrics, named, not words or COST in words or "all" in words)
 
     def uses(self, need: str) -> bool:
@@ -49,7 +51,7 @@ class Selection:
 
 def _nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}."
+    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}, {REWARD}NAME."
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ def _numbered(situation: Situation) -> bool:
 def _reason(metric: Metric, situations: Mapping[str, Situation], unpaired: str) -> str | None:
     if "against" in metric.needs and unpaired:
         return unpaired
-    if "scorer" in metric.needs and all(_numbered(given) for given in situations.values()):
+    reads = "prompts" in metric.needs and metric.name.startswith(REWARD)
+    if ("scorer" in metric.needs or reads) and all(
+        _numbered(given) for given in situations.values()
+    ):
         return "the prompts are numbers of classes, which no text-image network can read"
     for situation in situations.values():
         reason = metric.missing(situation)

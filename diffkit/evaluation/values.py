@@ -19,7 +19,7 @@ from torch import Tensor
 from diffkit.console import progress
 from diffkit.errors import UserError
 from diffkit.evaluation.metrics.base import SampleBatch, SampleMetric
-from diffkit.evaluation.metrics.tools import NETWORKS, Toolbox
+from diffkit.evaluation.metrics.tools import Toolbox, networks
 from diffkit.evaluation.pictures import Batch, PictureSet
 from diffkit.files import append_jsonl, atomic_write, read_jsonl
 
@@ -41,10 +41,10 @@ def measure_samples(
 
     Args:
         other: the set whose picture i belongs to picture i of this one; None where no metric asks.
-        folder, name: values are kept as FOLDER/METRIC-NAME.jsonl.
+        folder, name: values are kept as FOLDER/METRIC-NAME.jsonl, with "-" for ":".
     """
     logs = {
-        metric.name: _Log(folder / f"{metric.name}-{name}.jsonl", _key(metric, tools), pictures)
+        metric.name: _Log(_file(folder, metric, name), _key(metric, tools), pictures)
         for metric in metrics
     }
     if other is not None:
@@ -72,6 +72,10 @@ def measure_samples(
     return {metric_name: log.values for metric_name, log in logs.items()}
 
 
+def _file(folder: Path, metric: SampleMetric, name: str) -> Path:
+    return folder / f"{metric.name.replace(':', '-')}-{name}.jsonl"
+
+
 def _sample_batch(
     batch: Batch, pictures: PictureSet, other: PictureSet | None, tools: Toolbox
 ) -> SampleBatch:
@@ -85,7 +89,7 @@ def _sample_batch(
 
 def _key(metric: SampleMetric, tools: Toolbox) -> str:
     """Everything but the pictures that the values depend on."""
-    parts = [metric.name, *(tools.key(need) for need in sorted(metric.needs & NETWORKS))]
+    parts = [metric.name, *(tools.key(need) for need in networks(metric.needs))]
     if "prompts" in metric.needs:
         parts += tools.prompts
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from diffkit.evaluation.extractors import Extractor
-from diffkit.evaluation.metrics.tools import NETWORKS, Toolbox
+from diffkit.evaluation.metrics.tools import Toolbox, networks
 from diffkit.evaluation.moments import Moments
 from diffkit.evaluation.neighbours import Neighbourhood, neighbourhood
 from diffkit.evaluation.reference import MOMENT_ROWS, Reference, as_tensor
@@ -155,7 +155,7 @@ class _Common:
         label: as a person reads it, without the network's name; see `title`.
         better: which direction is better, None where neither is as such.
         needs: of "prompts", "reference", "against" (inputs) and "features", "scorer", "classifier",
-            "lpips" (networks).
+            "lpips", "reward:SPEC" (networks).
         about: one sentence for the page: what the number says.
         refuse: why it cannot be computed here though its inputs are there, or None.
         inception_label: what it may be called on Inception features only.
@@ -189,13 +189,13 @@ class _Common:
         """The label of the network that measures, "" for none."""
         if "features" in self.needs:
             return extractor.label if extractor is not None else ""
-        return next((tools.label(need) for need in sorted(self.needs & NETWORKS)), "")
+        return next((tools.label(need) for need in networks(self.needs)), "")
 
     def resize(self, extractor: Extractor | None, tools: Toolbox) -> str:
         """How that network resizes pictures, "" for none."""
         if "features" in self.needs:
             return extractor.resize if extractor is not None else ""
-        return next((tools.resize(need) for need in sorted(self.needs & NETWORKS)), "")
+        return next((tools.resize(need) for need in networks(self.needs)), "")
 
 
 @dataclass(frozen=True)

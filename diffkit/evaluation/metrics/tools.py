@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,13 +16,23 @@ from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.fingerprint import fingerprint_module
 from diffkit.models.text_image_scorer import TextImageScorer
 from diffkit.perceptual.lpips import load_lpips, lpips_name
+from diffkit.rewards.base import Reward
+from diffkit.rewards.spec import load_reward
 
-__all__ = ["NETWORKS", "Scorer", "Toolbox", "load_scorer"]
+__all__ = ["NETWORKS", "REWARD", "Scorer", "Toolbox", "load_scorer", "networks"]
 
 NETWORKS = frozenset({"scorer", "classifier", "lpips"})
-"""What a metric may need of a `Toolbox`."""
+"""What a metric may need of a `Toolbox`, beside rewards."""
+
+REWARD = "reward:"
+"""Begins the need of a reward, which the rest specifies."""
 
 _TEXTS = 64  # texts a call of the text tower
+
+
+def networks(needs: Iterable[str]) -> list[str]:
+    """Those of a metric's needs that are networks of a `Toolbox`, in order."""
+    return sorted(need for need in needs if need in NETWORKS or need.startswith(REWARD))
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def load_scorer(spec: str, device: torch.device) -> Scorer:
 
 
 class Toolbox:
-    """Networks by need: "scorer", "classifier", "lpips".
+    """Networks by need: "scorer", "classifier", "lpips", and rewards by their specification.
 
     Arguments:
         device: where they run.
@@ -86,6 +96,8 @@ class Toolbox:
         self.scorer_spec = scorer
         self.lpips_spec = lpips
         self.prompts = tuple(dict.fromkeys(prompts))
+        self._rewards: dict[str, Reward] = {}
+        self._reward_prompts: dict[str, Tensor] = {}
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -119,8 +131,28 @@ class Toolbox:
         """Rows of `prompt_embeddings`."""
         return {text: number for number, text in enumerate(self.prompts)}
 
+    def reward(self, spec: str) -> Reward:
+        """The reward of a specification, see `diffkit.rewards.spec`."""
+        if spec not in self._rewards:
+            self._rewards[spec] = load_reward(spec, self.device)
+        return self._rewards[spec]
+
+    def reward_prompts(self, spec: str, prompts: Sequence[str]) -> Tensor:
+        """What the reward needs of these prompts, one row each; those of the run are read once."""
+        if not set(prompts) <= set(self.prompts):
+            return self.reward(spec).embed_prompts(prompts)
+        if spec not in self._reward_prompts:
+            parts = [
+                self.reward(spec).embed_prompts(self.prompts[start : start + _TEXTS])
+                for start in range(0, len(self.prompts), _TEXTS)
+            ]
+            self._reward_prompts[spec] = torch.cat(parts)
+        return self._reward_prompts[spec][[self.prompt_numbers[text] for text in prompts]]
+
     def label(self, need: str) -> str:
         """What the report calls a network."""
+        if need.startswith(REWARD):
+            return self.reward(need.removeprefix(REWARD)).label
         if need == "scorer":
             return self.scorer.label
         return {
@@ -130,12 +162,16 @@ class Toolbox:
 
     def resize(self, need: str) -> str:
         """How a network resizes pictures."""
+        if need.startswith(REWARD):
+            return self.reward(need.removeprefix(REWARD)).resize
         if need == "scorer":
             return self.scorer.resize
         return {"classifier": EMBEDDED_RESIZE, "lpips": "pictures at their own size"}[need]
 
     def key(self, need: str) -> str:
         """A digest of a network's weights: values of another key are not comparable."""
+        if need.startswith(REWARD):
+            return self.reward(need.removeprefix(REWARD)).fingerprint()
         if need == "scorer":
             return self.scorer.key
         return fingerprint_module(self.classifier if need == "classifier" else self.lpips)
