@@ -10,6 +10,7 @@ the autoencoder undo that inside, in one place.
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -72,6 +73,10 @@ class LatentProxy(nn.Module, ABC):
     @abstractmethod
     def unlocked(self) -> list[str]:
         """Names of the parameters that a refit trains; all others are locked."""
+
+    @abstractmethod
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write what `load_proxy` reads; `UserError` when `folder` exists without `overwrite`."""
 
     def lock(self) -> None:
         """Let gradients into the unlocked parameters alone."""
