@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -39,6 +41,7 @@ __all__ = [
     "weights_digest",
 ]
 
+_FLOW_LCM = "FlowMatchLCMScheduler"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -154,7 +157,9 @@ def render(
     family, negatives = model.family, [recipe.negative for recipe in recipes]
     arguments |= family.pipeline_arguments(family, first.guidance, negatives)
     kind, more = _kind(model, recipes, picture, mask)
-    with _sampler(model, model.pipeline(kind), first) as pipeline:
+    generators = arguments["generator"]
+    with _sampler(model, model.pipeline(kind), first, generators) as pipeline:
+        arguments |= _few_step_times(pipeline.scheduler, first.steps)
         images: list[Any] = list(pipeline(**arguments, **more).images)
     if output_type == "pil" and picture is not None and mask is not None:
         images = [Image.composite(image, picture, mask) for image in images]
@@ -201,9 +206,25 @@ def _kind(
     return "image2image", {**start, **keep}
 
 
+def _few_step_times(scheduler: Any, steps: int) -> dict[str, Any]:
+    """Times for the one scheduler whose own are wrong: shifted twice, so that the last of few steps
+    would be made where hardly any noise is left. Before the shift they are (n - i) / n."""
+    if type(scheduler).__name__ != _FLOW_LCM:
+        return {}
+    return {"sigmas": [(steps - i) / steps for i in range(steps)]}
+
+
 @contextmanager
-def _sampler(model: LatentDiffusion, pipeline: Any, recipe: Recipe) -> Iterator[Any]:
-    """The pipeline with the recipe's scheduler; the model's own is put back afterwards."""
+def _sampler(
+    model: LatentDiffusion,
+    pipeline: Any,
+    recipe: Recipe,
+    generators: list[torch.Generator] | None = None,
+) -> Iterator[Any]:
+    """The pipeline with the recipe's scheduler; the model's own is put back afterwards.
+
+    Pipelines of flow models give no generator to a scheduler that adds noise; it gets them here.
+    """
     pipeline.set_progress_bar_config(disable=True)
     own = pipeline.scheduler
     if recipe.scheduler is not None:
@@ -215,6 +236,10 @@ def _sampler(model: LatentDiffusion, pipeline: Any, recipe: Recipe) -> Iterator[
             from_noise=recipe.image is None,
             spacing=model.family.flow_spacing,
         )
+    if type(pipeline.scheduler).__name__ == _FLOW_LCM:
+        seeded = copy.deepcopy(pipeline.scheduler)
+        seeded.step = partial(seeded.step, generator=generators)
+        pipeline.scheduler = seeded
     try:
         yield pipeline
     finally:

@@ -58,6 +58,7 @@ SCHEDULERS: dict[str, SchedulerChoice] = {
     "pndm": SchedulerChoice("PNDMScheduler", "ddpm", {"skip_prk_steps": True}, ("sample",)),
     "unipc": SchedulerChoice("UniPCMultistepScheduler", "ddpm"),
     "flow-euler": SchedulerChoice("FlowMatchEulerDiscreteScheduler", "flow"),
+    "flow-lcm": SchedulerChoice("FlowMatchLCMScheduler", "flow"),
     "flow-heun": SchedulerChoice("FlowMatchHeunDiscreteScheduler", "flow"),
     "flow-dpm++": SchedulerChoice(
         "DPMSolverMultistepScheduler", "flow", _FLOW, from_noise_only=True

@@ -107,8 +107,11 @@ def frozen_teacher(
         network.time_embedding.cond_proj = None
         network.register_to_config(time_cond_proj_dim=None)
         family = replace(family, capabilities=family.capabilities | {"cfg"})  # it comes back
-    teacher = Denoiser(network.to(dtype), family, model.schedule)
-    return teacher.requires_grad_(False)
+    teacher = Denoiser(network, family, model.schedule)
+    if dtype != model.dtype:
+        with quiet_libraries():
+            network.to(dtype)
+    return teacher.requires_grad_(False).eval()
 
 
 def one_step(

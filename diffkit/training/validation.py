@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ class Validation:
         self.folder = folder
         self._sizes = (size, size)
         self._encode_anew = encode_anew
+        self._seed = seed
         self._encode()
         shape = model.latent_shape(size, size)
         self._noise = torch.stack(
@@ -79,6 +81,12 @@ class Validation:
         self._null: Conditioning | None = None
         if self.guidance_scale != 1:
             self._null = conditioner.null(1, self._sizes).to("cpu")
+
+    def _fresh(self, rows: slice, step: int) -> Tensor:
+        """The noise that a few-step model adds at a step, of these prompts."""
+        places = range(len(self.prompts))[rows]
+        shape = self._noise.shape[1:]
+        return torch.stack([normal(shape, self._seed + i, "image", step) for i in places])
 
     @torch.no_grad()
     def images(self) -> list[Image.Image]:
@@ -106,6 +114,7 @@ class Validation:
                 null,
                 steps=self.steps,
                 guidance_scale=self.guidance_scale,
+                fresh=partial(self._fresh, rows),
             )
             with torch.autocast(device.type, enabled=False):
                 images += [_picture(codec.decode(one)[0]) for one in latents.split(1)]

@@ -1,0 +1,102 @@
+"""Configuration of latent consistency distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffkit.errors import UserError
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.objectives.consistency import FEW_STEPS, ConsistencyObjective, prepare_student
+from diffkit.objectives.consistency_config import ConsistencyConfig
+from diffkit.training.config import TrainConfig
+from diffkit.training.devices import DTYPES
+
+__all__ = ["ConsistencyTraining", "build_consistency", "loading_lines"]
+
+LCM_LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+    "time_emb_proj",
+)
+"""Of U-Nets, as in LCM-LoRA (Luo et al. 2023, arXiv:2311.05556)."""
+
+
+@dataclass
+class ConsistencyTraining(TrainConfig):
+    """Distil a model into one that samples in one to eight steps (LCM, LCM-LoRA)."""
+
+    max_steps: int = 2000
+    """Training steps in all."""
+    batch_size: int = 16
+    """Samples of one optimizer step, over all processes."""
+    learning_rate: float = 1e-5
+    """Peak learning rate: 1e-6 to 1e-5 for all weights of a large model; 1e-4 for a LoRA, which
+    learns nothing at 1e-6, and for a small model."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    validation_steps: int = FEW_STEPS
+    """Sampling steps of a validation picture."""
+    lcd: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+
+    def prepared(self, model: LatentDiffusion) -> LatentDiffusion:
+        """The student: with its few-step scheduler, and told the guidance scale."""
+        return prepare_student(model, self.lcd, self.lora_rank is not None)
+
+    def adapted(self, model: LatentDiffusion) -> tuple[str, ...] | None:
+        """In a U-Net, convolutions and the time's projections too."""
+        if self.lora_targets is None and model.family.denoiser == "unet":
+            return LCM_LORA_TARGETS
+        return self.lora_targets
+
+    def sampling_guidance(self, model: LatentDiffusion) -> float | None:
+        """None, the usual scale, for a student that is told it; 1 for one that has it built in."""
+        return None if model.family.takes_guidance else 1.0
+
+    def card(self, model: LatentDiffusion) -> dict[str, Any]:
+        """With the lines of Python that sample in few steps."""
+        lines = loading_lines(model, self.lcd, self.lora_rank is not None)
+        return super().card(model) | {"loading": lines}
+
+    def check(self) -> None:
+        """Raise `UserError` for values and combinations that cannot work."""
+        self.lcd.check()
+        super().check()
+        segments = self.lcd.segments
+        if self.validation_prompts is not None and 1 < segments != self.validation_steps:
+            raise UserError(
+                f"validation_steps: {self.validation_steps}, but a student of {segments} segments "
+                f"samples from edge to edge; use --validation-steps {segments}."
+            )
+
+
+def loading_lines(model: LatentDiffusion, config: ConsistencyConfig, lora: bool) -> list[str]:
+    """What follows the line that loads the base model, or the result itself."""
+    scheduler = type(model.scheduler).__name__
+    steps = config.segments if config.segments > 1 else FEW_STEPS
+    lines = []
+    if lora:
+        told = {
+            "LCMScheduler": f"original_inference_steps={config.solver_steps}, clip_sample=False",
+            "DDIMScheduler": 'timestep_spacing="trailing", set_alpha_to_one=True',
+        }
+        more = f", {told[scheduler]}" if scheduler in told else ""
+        lines += [
+            f"from diffusers import {scheduler}",
+            f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{more})",
+            'pipeline.load_lora_weights("THIS")  # this folder, or its hub id',
+        ]
+    arguments = [f"num_inference_steps={steps}"]
+    if not model.family.takes_guidance:
+        arguments.append("guidance_scale=1.0")
+    if model.schedule.kind == "flow":
+        arguments.append(f"sigmas=[1 - i / {steps} for i in range({steps})]")
+    prompt = '"..."' if model.family.text_components else "..."
+    return [*lines, f"pipeline({prompt}, {', '.join(arguments)})"]
+
+
+def build_consistency(
+    model: LatentDiffusion, config: ConsistencyTraining, lora: str | None
+) -> ConsistencyObjective:
+    """The objective of `lcd`."""
+    return ConsistencyObjective(model, config.lcd, lora, DTYPES[config.mixed_precision])

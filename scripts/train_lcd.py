@@ -1,0 +1,8 @@
+"""`diffkit train lcd` for `accelerate launch`, with the same flags."""
+
+import sys
+
+from diffkit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", "lcd", *sys.argv[1:]]))
