@@ -54,7 +54,7 @@ class ModelCard:
     objective: str = ""
     settings: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    adapter: Literal["lora", "textual_inversion"] = "lora"
+    adapter: Literal["lora", "textual_inversion", "proxy_reward"] = "lora"
     loading: Sequence[str] = ()
 
     @classmethod
@@ -100,11 +100,18 @@ class ModelCard:
     def _summary(self) -> str:
         if not self.base_model:
             return f"Diffusion model, written by diffkit {__version__}."
-        kinds = {"lora": "LoRA adapter for", "textual_inversion": "Textual inversion for"}
+        kinds = {
+            "lora": "LoRA adapter for",
+            "textual_inversion": "Textual inversion for",
+            "proxy_reward": "Latent proxy reward for",
+        }
         kind = kinds[self.adapter] if self.relation == "adapter" else "Diffusion model made from"
         return f"{kind} {public_name(self.base_model)}, written by diffkit {__version__}."
 
     def _usage(self) -> str:
+        if self.adapter == "proxy_reward":
+            use = "diffkit train rg_lcd --reward.mode proxy --reward.proxy THIS"
+            return f"## Use\n\n```\n{use}  # this folder\n```"
         lines = ["from diffusers import DiffusionPipeline", ""]
         if self.relation == "adapter":
             base = public_name(self.base_model)
@@ -115,6 +122,7 @@ class ModelCard:
             lines.append(
                 'pipeline = DiffusionPipeline.from_pretrained("THIS")  # this folder, or its hub id'
             )
+            lines += self.loading
         return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
