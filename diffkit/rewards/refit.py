@@ -92,12 +92,14 @@ def proxy_logits(
 ) -> Tensor:
     """s (B, J) float32 = exp(log_scale) S(z_j, c) of candidates (B, J, C, h, w), scaled latents.
 
+    The candidates are constants: the gradient is in the proxy alone.
+
     Arguments:
         told: what the proxy is told of the B prompts, see `LatentProxy.told`.
         text: its text features, computed once for all candidates when not given.
     """
     text = proxy.embed_text(told) if text is None else text
-    columns = [proxy(candidate, told, text) for candidate in latents.unbind(1)]
+    columns = [proxy(candidate, told, text) for candidate in latents.detach().unbind(1)]
     return proxy.logit_scale * torch.stack(columns, 1)
 
 
