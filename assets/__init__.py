@@ -6,14 +6,14 @@ from pathlib import Path
 
 from diffkit.errors import UserError
 
-NAMES = ("features", "model", "pictures", "sample", "scorer")
+NAMES = ("features", "latent_lpips", "model", "pictures", "sample", "scorer")
 
 
 def path(name: str) -> Path:
     """The folder of an embedded asset.
 
     `model` is a text-to-image pipeline in diffusers format, `features` an image feature network,
-    `scorer` a text-image scorer, `sample` a held-out data sample, `pictures` free pictures.
+    `latent_lpips` a perceptual distance of the model's latents, `scorer` a text-image scorer, `sample` a held-out data sample, `pictures` free pictures.
 
     Raises `UserError` for another name, and when this copy of diffkit lacks the folder.
     """

@@ -101,12 +101,16 @@ class ImageTrunk(nn.Module):
 
         Training begins with smaller, cheaper pictures, so nothing is resized here.
         """
+        return [maps.mean((2, 3)) for maps in self.maps(x)]
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Features (B, C, h, w) after the stem and after every block, of `x` as it is."""
         x = torch.relu(self.norm(self.stem(x)))
-        means = [x.mean((2, 3))]
+        maps = [x]
         for block in self.blocks:
             x = block(x)
-            means.append(x.mean((2, 3)))
-        return means
+            maps.append(x)
+        return maps
 
 
 @dataclass(frozen=True)

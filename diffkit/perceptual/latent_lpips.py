@@ -94,7 +94,7 @@ class LatentTrunk(nn.Module):
 
     def __init__(self, config: LatentLpipsConfig) -> None:
         super().__init__()
-        self.slices: list[nn.Sequential] = []
+        self.config = config
         channels, index = config.channels, 0
         for stage, (width, depth) in enumerate(zip(config.widths, CONVOLUTIONS, strict=True)):
             layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -111,14 +111,12 @@ class LatentTrunk(nn.Module):
                 if pooled:
                     layers[str(index)] = nn.MaxPool2d(2)
                 index += 1
-            stages = nn.Sequential(layers)
-            self.slices.append(stages)
-            self.add_module(f"slice{stage + 1}", stages)
+            self.add_module(f"slice{stage + 1}", nn.Sequential(layers))
 
     def forward(self, latents: Tensor) -> list[Tensor]:
         """Features of latents (B, C, h, w): (B, width_l, h_l, w_l) of each stage."""
         features = []
-        for stage in self.slices:
+        for stage in self.children():
             latents = stage(latents)
             features.append(latents)
         return features

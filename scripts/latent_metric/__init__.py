@@ -1,0 +1,1 @@
+"""Parts of `train_latent_lpips.py`."""

@@ -1,0 +1,130 @@
+"""Pictures of a folder with what they show, and the moments of their latents, on disk."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffkit.data.folder import ImageFolder
+from diffkit.data.images import read_header
+from diffkit.data.transforms import View, render, to_float
+from diffkit.errors import UserError
+from diffkit.models.codec import Codec
+from diffkit.randomness import uniform
+
+__all__ = ["Pictures", "encoded", "moments"]
+
+FEWEST = 8
+"""Captions that must have a word for it to be a class."""
+LARGEST = 1.3
+"""Side of the largest picture that a view is cut from, by the side of the view."""
+
+
+class Pictures:
+    """A folder's pictures at one size; class names or words of captions say what they show.
+
+    Arguments:
+        folder: with labels, or with captions; see `ImageFolder`.
+        size: sides in pixels.
+        label_column: of the metadata.
+        classes: of another folder, whose numbering this one takes; words it lacks are left out.
+
+    Raises `UserError` for a folder with neither.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        label_column: str | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self.source = ImageFolder(folder, label_column=label_column)
+        self.size = size
+        shown = [self._shown(index) for index in range(len(self.source))]
+        if not all(shown):
+            raise UserError(
+                f"{folder}: the trunk learns from class names or captions, and a picture has "
+                "neither; put the pictures into one folder a class, or add a metadata.jsonl."
+            )
+        if classes is None:
+            counts = Counter(word for words in shown for word in words)
+            labelled = bool(self.source.class_names)
+            least = 1 if labelled else min(FEWEST, len(shown) // 2)
+            classes = sorted(w for w, n in counts.items() if least <= n < len(shown))
+        self.classes = tuple(classes)
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.present = torch.zeros(len(shown), len(self.classes), dtype=torch.uint8)
+        for row, words in enumerate(shown):
+            for word in words & number.keys():
+                self.present[row, number[word]] = 1
+
+    def _shown(self, index: int) -> set[str]:
+        sample = self.source[index]
+        if sample.label is not None:
+            return {self.source.class_names[sample.label]}
+        words = sample.captions[0].lower() if sample.captions else ""
+        return {word.strip(".,;:!?\"'()") for word in words.split()} - {""}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def view(self, index: int, number: int, seed: int) -> NDArray[np.uint8]:
+        """View 0 is the centre; others are mirrored or not, larger, and cut at random."""
+        path = self.source.encoded(index)
+        original = read_header(path)
+        draws = [0.0, 0.5, 0.5, 1.0]
+        if number:
+            draws = uniform((4,), seed, number, index, "view").tolist()
+        side = round(self.size * (1 + (LARGEST - 1) * draws[0]))
+        scale = side / min(original)
+        resized = (max(side, round(original[0] * scale)), max(side, round(original[1] * scale)))
+        corner = (
+            int((resized[0] - self.size) * draws[1]),
+            int((resized[1] - self.size) * draws[2]),
+        )
+        flip = draws[3] < 0.5
+        return render(path, View(original, resized, corner, (self.size, self.size), flip))
+
+    def batches(self, number: int, seed: int, size: int) -> Iterator[Tensor]:
+        """View `number` of all pictures, (b, 3, S, S) in [-1, 1]."""
+        for rows in torch.arange(len(self)).split(size):
+            yield to_float([self.view(int(row), number, seed) for row in rows])
+
+
+@torch.no_grad()
+def moments(
+    pictures: Pictures, codec: Codec, views: int, seed: int, file: Path, batch: int = 16
+) -> NDArray[np.float16]:
+    """Moments of `views` views of each picture, (views N, 2C, h, w), in a memory map; made once."""
+    channels, *sides = codec.latent_shape(pictures.size, pictures.size)
+    shape = (views * len(pictures), 2 * channels, *sides)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        with open(partial, "wb") as target:
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_2_0(target, header)
+            for number in range(views):
+                for images in pictures.batches(number, seed, batch):
+                    found = codec.encode_moments(images.to(codec.device))
+                    target.write(found.half().cpu().numpy().tobytes())
+        os.replace(partial, file)
+    kept: NDArray[np.float16] = np.load(file, mmap_mode="r")
+    if kept.shape != shape:
+        raise UserError(f"{file}: holds {kept.shape}, not {shape}: of other data. Remove it.")
+    return kept
+
+
+def encoded(kept: NDArray[np.float16], rows: Tensor, codec: Codec, g: torch.Generator) -> Tensor:
+    """Latents (b, C, h, w) of rows of `moments`, sampled anew."""
+    found = torch.from_numpy(kept[rows.numpy()]).to(codec.device).float()
+    eps = torch.randn((len(rows), codec.channels, *kept.shape[2:]), generator=g)
+    return codec.sample(found, eps.to(codec.device))
