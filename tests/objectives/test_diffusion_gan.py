@@ -1,0 +1,512 @@
+"""One-step distillation on tiny networks: what the generator is, who learns of what, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+from diffkit.data.batch import Batch
+from diffkit.data.trajectories import TrajectoryBatch
+from diffkit.errors import UserError
+from diffkit.models.conditioner import Sizes
+from diffkit.models.discriminators import Given
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.lora import add_lora
+from diffkit.models.one_step import one_step_scheduler
+from diffkit.objectives.base import reduce_loss
+from diffkit.objectives.diffusion_gan import DiffusionGanObjective
+from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig, loss_shares
+from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig
+from diffkit.perceptual.latent_lpips_io import save_latent_lpips
+from diffkit.randomness import SampleKeys, normal
+
+Folder = Callable[[str], Path]
+SIZE = Sizes((32, 32), (0, 0), (32, 32))
+
+
+@pytest.fixture(scope="module")
+def metric(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A narrow random LatentLPIPS network for latents of 4 channels."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("metric") / "latent_lpips"
+    save_latent_lpips(LatentLpips(LatentLpipsConfig(4, width=4)), folder)
+    return str(folder)
+
+
+def pairs(count: int = 4, channels: int = 4, first: int = 0, of: int = 4) -> TrajectoryBatch:
+    """Rows `first`, first + 1, ... of one fixed global batch of `of` pairs."""
+    shape, rows = (of, channels, 16, 16), slice(first, first + count)
+    keys = SampleKeys(5, (0,) * of, tuple(range(of)))
+    return TrajectoryBatch(
+        keys.select(rows),
+        normal(shape, "z")[rows],
+        normal(shape, "x")[rows],
+        [f"a {i}" for i in range(of)][rows],
+        None,
+        None,
+        [SIZE] * count,
+        tuple(range(of))[rows],
+        normal(shape, "other")[rows],
+    )
+
+
+def make(
+    folder: Path, scores: DmdConfig | None = None, lora: bool = False, **options: Any
+) -> DiffusionGanObjective:
+    """The method on a fresh model, ready to run; MSE and no warm-up unless told."""
+    torch.manual_seed(0)
+    model = LatentDiffusion.load(folder)
+    if lora:
+        model.denoiser.requires_grad_(False)
+        add_lora(model, 2)
+        for name, parameter in model.denoiser.named_parameters():
+            if "lora_B" in name:  # else there is nothing to tell from the base
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    else:
+        model.denoiser.requires_grad_(True)
+    opposed = options.get("discriminator") != "none" or options.get("dmd")
+    usual: dict[str, Any] = {"regression": "mse"} | ({"warmup": 0} if opposed else {})
+    config = GanConfig(**(usual | options))
+    method = DiffusionGanObjective(
+        model, config, scores or DmdConfig(), 4, "default" if lora else None
+    )
+    method.place(torch.device("cpu"))
+    method.begin(0)
+    return method
+
+
+def run(method: DiffusionGanObjective, phase: str, batch: Any, repeat: int = 0) -> dict[str, Any]:
+    """What the phase's player says of a batch."""
+    player = next(p.player for p in method.phases() if p.name == phase)
+    draws = method.draw(batch, repeat)
+    with torch.no_grad():
+        shared = method.shared(draws)
+    terms: dict[str, Any] = method.players()[player](phase, draws, shared)
+    return terms
+
+
+def moved(module: nn.Module) -> bool:
+    return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+
+
+# -- the generator ------------------------------------------------------------------------------
+
+
+def test_one_call_of_an_eps_model_is_the_schedulers_estimate(tiny_sd: Path) -> None:
+    """(z - sigma_T o) / alpha_T: in float64 by hand, and `pred_original_sample` of DDIM."""
+    model = LatentDiffusion.load(tiny_sd)
+    model.denoiser.double()
+    ddim = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
+    cond = model.conditioner.encode(["a cat", "a dog"])
+    z = normal((2, 4, 16, 16), "z").double()
+    t = torch.full((2,), 999)
+    with torch.no_grad():
+        output = model.denoiser(z, t, cond)
+    method = DiffusionGanObjective(model, GanConfig("mse", discriminator="none"), DmdConfig(), 4)
+    with torch.no_grad():
+        found = method.players()["generator"]("generate", None, Given(cond, z))
+    table = ddim.alphas_cumprod[999].double()
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, (z - (1 - table).sqrt() * output) / table.sqrt())
+    ddim.set_timesteps(1000)
+    step = ddim.step(output.float(), 999, z.float())
+    torch.testing.assert_close(found.float(), step.pred_original_sample, rtol=1e-5, atol=1e-4)
+    assert 1 / table.sqrt() == pytest.approx(14.65, abs=0.01)
+
+
+def test_one_call_at_pure_noise_is_the_negative_output_of_a_v_model(tiny_folder: Folder) -> None:
+    method = make(tiny_folder("sd-v"), discriminator="none")
+    given = Given(method.model.conditioner.encode(["a"]), normal((1, 4, 16, 16), "z"))
+    with torch.no_grad():
+        found = method.players()["generator"]("generate", None, given)
+        output = method.model.denoiser(given.noise, torch.tensor([999]), given.cond)
+    torch.testing.assert_close(found, -output)
+
+
+def test_one_call_of_a_flow(tiny_sd3: Path) -> None:
+    method = make(tiny_sd3, discriminator="none")
+    given = Given(method.model.conditioner.encode(["a"]), normal((1, 16, 16, 16), "z"))
+    with torch.no_grad():
+        found = method.players()["generator"]("generate", None, given)
+        output = method.model.denoiser(given.noise, torch.tensor([1000.0]), given.cond)
+    torch.testing.assert_close(found, given.noise - output)
+
+
+@pytest.mark.parametrize(("name", "time"), [("sd", 999), ("sd-v", 999), ("sd", 399), ("sdxl", 399)])
+def test_the_scheduler_makes_the_same_step(name: str, time: int, tiny_folder: Folder) -> None:
+    """An earlier time too: the table then ends there."""
+    model = LatentDiffusion.load(tiny_folder(name))
+    before = model.schedule
+    z, output = normal((2, 4, 8, 8), "z"), normal((2, 4, 8, 8), "o")
+    scheduler = one_step_scheduler(model, time)
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [time] and scheduler.init_noise_sigma == 1
+    stepped = scheduler.step(output, scheduler.timesteps[0], z).prev_sample
+    expected = before.prediction(output, z, torch.full((2,), time)).x0
+    torch.testing.assert_close(stepped, expected, rtol=1e-5, atol=1e-6)
+    model.set_scheduler(scheduler)
+    assert model.schedule.sampling_timesteps(1).tolist() == [time, -1]
+    again = one_step_scheduler(model, time)  # of a result that is trained on
+    assert torch.equal(again.alphas_cumprod, scheduler.alphas_cumprod)
+
+
+# -- who learns of what -------------------------------------------------------------------------
+
+MODES: list[dict[str, Any]] = [
+    {},
+    {"discriminator": "ladd", "r1": "approximate"},
+    {"discriminator": "unet", "multiscale": False, "noise_input": False, "mismatch": 0.0},
+    {"dmd": True},
+    {"dmd": True, "regression": "none", "discriminator": "none"},
+    {"regression": "none"},
+]
+
+
+@pytest.mark.parametrize("options", MODES, ids=lambda o: "-".join(map(str, o.values())) or "gan")
+def test_every_player_learns_of_its_own_loss_alone(options: dict, tiny_folder: Folder) -> None:
+    """Even with the parameters of all others trainable, as they are beside the trainer."""
+    method = make(tiny_folder("sd-v"), **options)
+    players = method.players()
+    for phase in method.phases():
+        for player in players.values():
+            player.zero_grad(set_to_none=True)
+        terms = run(method, phase.name, pairs())
+        assert terms["loss"].shape == (4,) and terms["loss"].dtype == torch.float32
+        terms["loss"].sum().backward()
+        for name, player in players.items():
+            assert moved(player) == (name == phase.player), (phase.name, name)
+            if name != phase.player:
+                assert all(p.grad is None for p in player.parameters())
+
+
+def test_a_lora_learns_alone(tiny_folder: Folder) -> None:
+    method = make(tiny_folder("sd-v"), lora=True)
+    run(method, "generator", pairs())["loss"].sum().backward()
+    named = dict(method.model.denoiser.named_parameters())
+    assert {name for name, p in named.items() if p.grad is not None} == {
+        name for name in named if "lora" in name
+    }
+
+
+def test_the_generators_gradient_is_that_of_the_weighted_sum(tiny_folder: Folder) -> None:
+    """With a constant weight: as if both losses had gone back through one graph."""
+    method = make(tiny_folder("sd-v"), weight=0.7, r1="none")
+    generator, critic = method.players()["generator"], method.players()["discriminator"]
+    draws = method.draw(pairs(), 0)
+    with torch.no_grad():
+        shared = method.shared(draws)
+    terms = generator("generator", draws, shared)
+    terms["loss"].sum().backward()
+    grads = [p.grad.clone() for p in generator.parameters() if p.grad is not None]
+    generator.zero_grad(set_to_none=True)
+    y = generator.generate(shared.given)
+    maps = critic.network(y, shared.given)
+    adversarial = torch.stack([nn.functional.softplus(-m).flatten(1).mean(1) for m in maps]).mean(0)
+    regression = (y - shared.real).square().flatten(1).mean(1)
+    (regression + 0.7 * adversarial).sum().backward()
+    expected = [p.grad for p in generator.parameters() if p.grad is not None]
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(terms["regression"], regression.detach())
+    torch.testing.assert_close(terms["adversarial"], adversarial.detach())
+
+
+def test_losses_at_logits_of_zero(tiny_folder: Folder) -> None:
+    """ln 2 and 2 ln 2, whatever part is mixed."""
+    for mismatch in (0.0, 0.25, 0.75):
+        method = make(tiny_folder("sd-v"), mismatch=mismatch, r1="none")
+        for head in method.players()["discriminator"].network.heads:  # type: ignore[union-attr]
+            nn.init.zeros_(head[2].weight)
+            nn.init.zeros_(head[2].bias)
+        both = run(method, "discriminator", pairs())["loss"]
+        torch.testing.assert_close(both, torch.full((4,), 2 * 0.6931472))
+        torch.testing.assert_close(
+            run(method, "generator", pairs())["adversarial"], torch.full((4,), 0.6931472)
+        )
+
+
+# -- mix and match, penalties -------------------------------------------------------------------
+
+
+def test_mixed_rows_are_true_latents_of_others(tiny_folder: Folder) -> None:
+    method = make(tiny_folder("sd-v"), mismatch=0.5)
+    seen = []
+    network = method.players()["discriminator"].network
+    hook = network.register_forward_pre_hook(lambda m, args: seen.append(args))
+    batch = pairs()
+    run(method, "discriminator", batch)
+    hook.remove()
+    latents, given = seen[0]
+    real, fake = latents.chunk(2)
+    assert torch.equal(real, batch.latents)
+    assert [torch.equal(a, b) for a, b in zip(fake, batch.unrelated, strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert torch.equal(given.noise, torch.cat([batch.noise, batch.noise]))
+    first, second = given.cond.chunk(2)
+    assert torch.equal(first.tokens, second.tokens)
+
+
+def test_r1_is_of_the_first_sample_at_its_steps(tiny_folder: Folder) -> None:
+    """Steps 0, 16, 32; the mean over the batch has 16 gamma / 2 |gradient|^2 of one sample."""
+    with_it = make(tiny_folder("sd-v"), gamma=0.4)
+    without = make(tiny_folder("sd-v"), r1="none")
+    without.players()["discriminator"].load_state_dict(
+        with_it.players()["discriminator"].state_dict()
+    )
+    for step in range(34):
+        with_it.begin(step)
+        due = with_it.draw(pairs(), 0).penalised.tolist()
+        assert due == ([0] if step in (0, 16, 32) else [])
+    with_it.begin(16)
+    terms, plain = (run(method, "discriminator", pairs()) for method in (with_it, without))
+    penalty, count = terms["r1"]
+    assert count.tolist() == [1.0, 0.0, 0.0, 0.0] and penalty[0] > 0
+    added = (terms["loss"] - plain["loss"]).mean()
+    torch.testing.assert_close(added, 16 * 0.4 / 2 * penalty[0], rtol=1e-3, atol=1e-7)
+    terms["loss"].mean().backward()
+    plain["loss"].mean().backward()
+    differ = [
+        a.grad is not None and not torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+        for a, b in zip(
+            with_it.players()["discriminator"].parameters(),
+            without.players()["discriminator"].parameters(),
+            strict=True,
+        )
+    ]
+    assert any(differ)
+
+
+@pytest.mark.parametrize("options", [{}, {"dmd": True}, {"discriminator": "ladd"}])
+def test_parts_of_a_batch_add_up_to_it(options: dict, tiny_folder: Folder) -> None:
+    """Losses and gradients of all phases, the penalty of one sample and mixing included."""
+    method = make(tiny_folder("sd-v"), r1_every=1, **options)
+    for phase in method.phases():
+        player = method.players()[phase.player]
+        results = []
+        for size in (4, 2):
+            player.zero_grad(set_to_none=True)
+            losses = []
+            for first in range(0, 4, size):
+                terms = run(method, phase.name, pairs(size, first=first))
+                reduce_loss(terms["loss"], 4).backward()
+                losses.append(terms["loss"].detach())
+            grads = [p.grad.clone() for p in player.parameters() if p.grad is not None]
+            results.append((torch.cat(losses), grads))
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+        for a, b in zip(results[0][1], results[1][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+# -- regressions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mse", "huber", "lpl", "latentlpips", "e_latentlpips"])
+def test_a_perfect_generator_has_no_regression_loss(
+    kind: Any, metric: str, tiny_folder: Folder
+) -> None:
+    more = {"latent_lpips": metric} if kind.endswith("lpips") else {}
+    method = make(tiny_folder("sd-v"), regression=kind, discriminator="none", **more)
+    batch = pairs()
+    draws = method.draw(batch, 0)
+    assert (draws.augmentation is not None) == (kind == "e_latentlpips")
+    with torch.no_grad():
+        shared = method.shared(draws)
+    loss = method.players()["generator"].losses["regression"].of(draws, shared)  # type: ignore
+    x = batch.latents
+    assert loss(x, x).abs().max() < 1e-5
+    y = (x + 0.3 * normal(x.shape, "off")).requires_grad_()
+    value = loss(y, x)
+    assert value.shape == (4,) and (value > 0).all()
+    (grad,) = torch.autograd.grad(value.sum(), y)
+    assert grad.isfinite().all() and grad.flatten(1).any(1).all()
+    terms = run(method, "generator", batch)
+    terms["loss"].sum().backward()
+    assert moved(method.model.denoiser)
+    others = {k: v for k, v in method.model.networks.items() if k != "unet"}
+    assert not any(moved(network) for network in others.values())
+
+
+def test_a_metric_of_other_latents_is_refused(metric: str, tiny_sd3: Path) -> None:
+    with pytest.raises(UserError, match="latents of 4 channels"):
+        make(tiny_sd3, regression="e_latentlpips", latent_lpips=metric)
+
+
+# -- order and weights --------------------------------------------------------------------------
+
+
+def test_who_comes_in_when(tiny_folder: Folder) -> None:
+    method = make(tiny_folder("sd-v"), start=5, warmup=3, rate=0.5)
+    critic, generator = method.phases()
+    assert (critic.player, critic.start, critic.rate) == ("discriminator", 5, 0.5)
+    assert (generator.player, generator.start) == ("generator", 0)
+    for step, judged, heard in ((0, False, False), (5, True, False), (8, True, True)):
+        method.begin(step)
+        with torch.no_grad():
+            shared = method.shared(method.draw(pairs(), 0))
+        assert (shared.fake is not None) == judged
+        terms = run(method, "generator", pairs())
+        assert ("adversarial" in terms) == heard
+        if not heard:
+            assert torch.equal(terms["loss"].detach(), terms["regression"])
+
+
+def test_without_a_regression_the_generator_waits(tiny_folder: Folder) -> None:
+    options = {"regression": "none", "warmup": 4, "dmd": True}
+    method = make(tiny_folder("sd-v"), DmdConfig(updates=3), **options)
+    assert [(p.name, p.start, p.repeats) for p in method.phases()] == [
+        ("discriminator", 0, 1),
+        ("fake_score", 0, 3),
+        ("generator", 4, 1),
+    ]
+    noises = [method.draw(pairs(), repeat).noise for repeat in range(3)]
+    assert torch.equal(noises[0], pairs().noise)
+    assert not torch.equal(noises[1], noises[2]) and not torch.equal(noises[0], noises[1])
+
+
+def test_a_share_finds_its_weight(tiny_folder: Folder) -> None:
+    method = make(tiny_folder("sd-v"), share=0.5)
+    assert "generator/diversity" not in method.shown()
+    for _ in range(3):
+        terms = run(method, "generator", pairs())
+        means = {name: terms[name].mean() for name in method.watched() if name in terms}
+        method.stepped("generator", means)
+    terms = run(method, "generator", pairs())
+    ratio = (terms["adversarial_square"].mean() / terms["regression_square"].mean()).sqrt()
+    torch.testing.assert_close(terms["adversarial_weight"][0] * ratio, torch.tensor(0.5))
+
+
+def test_it_warns_of_a_discriminator_that_tells_all(
+    tiny_folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = make(tiny_folder("sd-v"))
+    capsys.readouterr()
+    for accuracy, said in ((0.9, ""), (1.0, "tells 100%")):
+        for _ in range(600):
+            method.stepped("discriminator", {"accuracy": torch.tensor(accuracy)})
+        for _ in range(2):
+            method.inspect()
+        told = capsys.readouterr().err
+        assert told.count("warning") == (said != "") and said in told
+
+
+def test_pictures_are_watched_for_collapse(tiny_folder: Folder) -> None:
+    torch.manual_seed(0)
+    model = LatentDiffusion.load(tiny_folder("sd-v"))
+    model.denoiser.requires_grad_(True)
+    method = DiffusionGanObjective(model, GanConfig("mse", discriminator="none"), DmdConfig(), 4)
+    method.meet(["a cat", "a dog"])
+    method.place(torch.device("cpu"))
+    method.begin(0)
+    assert run(method, "generator", pairs())["diversity"][0] > 0.1
+    assert sorted(method.state()) == ["diversity", "gan"]
+
+
+def test_dmd_pulls_along_the_difference_of_the_scores(tiny_folder: Folder) -> None:
+    """Where the follower is the teacher there is nothing to pull; a moved one pulls away."""
+    options = {"regression": "none", "discriminator": "none", "dmd": True}
+    method = make(tiny_folder("sd-v"), DmdConfig(guidance=1.0), **options)
+    assert run(method, "generator", pairs())["dmd"].abs().max() < 1e-10
+    with torch.no_grad():
+        for parameter in method.players()["fake_score"].parameters():
+            parameter.add_(0.02)
+    terms = run(method, "generator", pairs())
+    assert (terms["dmd"] > 0).all() and (terms["dmd_square"] > 0).all()
+    guided = make(tiny_folder("sd-v"), **options)
+    assert guided._score is not None and guided._score.scale == 1.75
+    assert (run(guided, "generator", pairs())["dmd"] > 0).all()
+
+
+def test_pictures_as_the_true_side(tiny_folder: Folder) -> None:
+    """DMD2 as it is published: true pictures of other noises, approximate R1, nothing mixed."""
+    options = {"regression": "none", "dmd": True, "pictures": True, "warmup": 0}
+    method = make(tiny_folder("sd-v"), **options)
+    assert (method.config.r1, method.config.mismatch, method.config.noise_input) == (
+        "approximate",
+        0.0,
+        False,
+    )
+    keys = SampleKeys(5, (0, 0), (0, 1))
+    images = normal((2, 3, 32, 32), "picture").clamp(-1, 1)
+    batch = Batch(keys, images, None, ["a", "b"], None, None, [SIZE] * 2, ["", ""], [{}, {}])
+    for phase in method.phases():
+        terms = run(method, phase.name, batch)
+        assert terms["loss"].isfinite().all()
+        terms["loss"].sum().backward()
+        assert moved(method.players()[phase.player])
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"discriminator": "none", "gamma": 1.0}, "gan.gamma: would do nothing"),
+        ({"discriminator": "none", "start": 3}, "gan.start: would do nothing"),
+        ({"discriminator": "ladd", "multiscale": False}, "gan.multiscale"),
+        ({"regression": "none", "discriminator": "none"}, "nothing would be learnt"),
+        ({"regression": "none", "start": 2}, "gan.start"),
+        ({"regression": "none", "share": 0.2}, "gan.share"),
+        ({"share": 0.2, "weight": 1.0}, "gan.share: the weight is fixed"),
+        ({"huber": 0.1}, "gan.huber"),
+        ({"latent_lpips": "x"}, "gan.latent_lpips"),
+        ({"augmentation": "b"}, "gan.augmentation"),
+        ({"r1": "none", "r1_every": 4}, "gan.r1_every"),
+        ({"r1_sigma": 0.2}, "gan.r1_sigma"),
+        ({"mismatch": 1.0}, "gan.mismatch"),
+        ({"pictures": True}, "gan.pictures"),
+        ({"pictures": True, "regression": "none", "r1": "exact"}, "gan.r1"),
+        ({"pictures": True, "regression": "none", "noise_input": True}, "gan.noise_input"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GanConfig(**({"regression": "mse"} | options)).check()
+
+
+def test_dmd_flags_without_dmd(tiny_folder: Folder) -> None:
+    with pytest.raises(UserError, match=r"dmd.updates: would do nothing"):
+        DmdConfig(updates=2).check(GanConfig())
+    with pytest.raises(UserError, match=r"dmd.share"):
+        DmdConfig(share=2.0).check(GanConfig(regression="none", dmd=True))
+    shares = loss_shares(GanConfig(dmd=True), DmdConfig(weight=3.0))
+    assert list(shares) == ["regression", "dmd", "adversarial"]
+    assert (shares["dmd"].weight, shares["adversarial"].share) == (3.0, 0.25)
+
+
+def test_models_that_have_no_one_step(tiny_folder: Folder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="EDM"):
+        make(tiny_folder("sdxl-edm"))
+    with pytest.raises(UserError, match="begin at 1000"):
+        make(tiny_folder("sd3"), time=400, discriminator="none")
+    with pytest.raises(UserError, match="not one of this model's times"):
+        make(tiny_folder("sd"), time=1000)
+    with pytest.raises(UserError, match="no place for the scheduler"):
+        make(tiny_folder("sd"), lora=True, time=399)
+
+
+def test_a_student_needs_its_teacher(tiny_folder: Folder) -> None:
+    """A discriminator made of a student would know nothing of noise levels but one."""
+    first = make(tiny_folder("sd-v"), discriminator="none")
+    config = GanConfig("mse", warmup=0)
+    with pytest.raises(UserError, match="gan.teacher"):
+        DiffusionGanObjective(first.model, config, DmdConfig(), 4)
+    teacher = LatentDiffusion.load(tiny_folder("sd-v"))
+    second = DiffusionGanObjective(first.model, config, DmdConfig(), 4, teacher=teacher)
+    network: Any = second.players()["discriminator"]
+    theirs = teacher.denoiser.model.state_dict()
+    for name, value in network.network.denoiser.model.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+    with pytest.raises(UserError, match="no teacher of this"):
+        other = LatentDiffusion.load(tiny_folder("sd3"))
+        DiffusionGanObjective(first.model, config, DmdConfig(), 4, teacher=other)
