@@ -52,7 +52,7 @@ class GradientShare:
         self.names = (main, *terms)
         self._shares = torch.tensor([t.share or 0.0 for t in terms.values()])
         self._constants = torch.tensor([t.weight or 0.0 for t in terms.values()])
-        self._constant = torch.tensor([t.share is None for t in terms.values()])
+        self._constant = torch.tensor([t.share is None for t in terms.values()], dtype=torch.bool)
         self.tensors = {"norms": torch.zeros(len(self.names))}
 
     def place(self, device: torch.device) -> None:
