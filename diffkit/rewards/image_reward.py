@@ -33,6 +33,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw score over the authors' training pictures."""
 
 _LENGTH = 35
+_ADDED = 2  # words that BLIP adds to BERT's and ImageReward does not use
 _HEAD = 64  # channels of an attention head, in both networks
 _WIDTHS = (1024, 128, 64, 16, 1)
 _PLACES = (0, 2, 4, 6, 7)  # of the linear layers between dropouts, in the names of the weights
@@ -217,15 +218,14 @@ def _tokenizer(folder: Path, scorer: BlipScorer) -> Any:
     try:
         with quiet_libraries():
             tokenizer = BertTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        words = len(tokenizer)  # transformers makes an empty one where files are absent
+    except (OSError, ValueError):
+        words = 0
+    known = scorer.text.config.vocab_size
+    if not known - _ADDED <= words <= known:
         raise UserError(
-            f"imagereward: the words of {source} cannot be had; put its vocab.txt beside the "
-            f"weights, in {folder}."
-        ) from error
-    words = scorer.text.config.vocab_size
-    if not 0 < len(tokenizer) <= words:
-        raise UserError(
-            f"imagereward: the tokenizer of {source} has {len(tokenizer)} words, the network "
-            f"{words}; give the vocab.txt of {TOKENIZER}."
+            f"imagereward: the words of {source} cannot be had or are not its own ({words} in "
+            f"place of {known - _ADDED}); put the vocab.txt of {TOKENIZER} beside the weights, in "
+            f"{folder}."
         )
     return tokenizer

@@ -58,7 +58,8 @@ def new_latent_clip(
         else {"patch": 2, "width": 128, "layers": 4}
     )
     shift, scale = codec.affine(torch.zeros(()))
-    towers = load_text(text)
+    with _drawn_from(seed):
+        towers = load_text(text)
     config = LatentClipConfig(
         channels=codec.channels,
         side=side,
@@ -102,6 +103,14 @@ def load_text(source: str) -> TextTower:
         raise UserError(
             f"{source}: has no text tower of a CLIP; {report['missing_keys'][0]} lacks."
         )
+    words = (
+        network.config.vocab_size
+    )  # transformers makes an empty tokenizer where files are absent
+    if len(tokenizer) != words:
+        raise UserError(
+            f"{source}: its tokenizer has {len(tokenizer)} words, the text tower {words}; a file "
+            "may be missing."
+        )
     return TextTower(network.text_model, tokenizer, network.text_projection.weight.detach())
 
 
@@ -116,10 +125,11 @@ def load_proxy(folder: str | os.PathLike[str], denoiser: Denoiser) -> LatentProx
     path = Path(folder).expanduser()
     file = path / "config.json"
     values = read_json(file) if file.is_file() else None
-    if isinstance(values, dict) and "taps" in values:
-        return TapProxy.load(path, denoiser)
-    if isinstance(values, dict) and "tower" in values:
-        return LatentClip.load(path)
+    with _drawn_from(0):  # initial weights, which those of the file replace
+        if isinstance(values, dict) and "taps" in values:
+            return TapProxy.load(path, denoiser)
+        if isinstance(values, dict) and "tower" in values:
+            return LatentClip.load(path)
     raise UserError(f"{path}: is no latent proxy reward; `diffkit train proxy_reward` makes one.")
 
 
