@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from diffkit.objectives.base import Objective
 from diffkit.training.config import TrainConfig
+from diffkit.training.consistency import ConsistencyTraining, build_consistency
 from diffkit.training.denoising import DenoisingTraining, build_denoising
+from diffkit.training.diffusion_gan import GanTraining, build_gan
 from diffkit.training.latent_perceptual import LatentPerceptualTraining, build_latent_perceptual
 from diffkit.training.personal import (
     DreamBoothLoraTraining,
@@ -18,6 +20,8 @@ from diffkit.training.personal import (
 )
 from diffkit.training.pixel_space import PixelTraining, build_pixel
 from diffkit.training.preference import PreferenceTraining, build_preference
+from diffkit.training.proxy_reward import ProxyRewardTraining, build_proxy_reward
+from diffkit.training.reward_guided import RewardGuidedTraining, build_reward_guided
 
 __all__ = ["METHODS", "Method", "method_of"]
 
@@ -43,6 +47,10 @@ METHODS: dict[str, Method] = {
     "lpl": Method(LatentPerceptualTraining, build_latent_perceptual),
     "preference": Method(PreferenceTraining, build_preference),
     "pixel": Method(PixelTraining, build_pixel),
+    "lcd": Method(ConsistencyTraining, build_consistency),
+    "rg_lcd": Method(RewardGuidedTraining, build_reward_guided),
+    "proxy_reward": Method(ProxyRewardTraining, build_proxy_reward),
+    "gan": Method(GanTraining, build_gan),
 }
 
 
