@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from bench import paired, synthetic
+from gpu_few_step import adversaries, consistency, trajectories
 from gpu_objectives import kernels, lpl_beside_script, objectives
 from gpu_protection import protection
 
@@ -253,6 +254,9 @@ SECTIONS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "kernels": kernels,
     "objectives": objectives,
     "lpl_script": lpl_beside_script,
+    "trajectories": trajectories,
+    "consistency": consistency,
+    "adversaries": adversaries,
 }
 
 
