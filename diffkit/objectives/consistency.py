@@ -447,10 +447,15 @@ class ConsistencyObjective(DenoisingObjective):
             write_json(folder / CARD_NAME, self.card())
 
     def card(self) -> dict[str, Any]:
-        """How the result is sampled: "guidance_scale" and "steps" of diffkit.json."""
+        """How the result is sampled: "guidance_scale" and "steps" of diffkit.json.
+
+        The scale is the usual one, or the nearest to it that was trained.
+        """
         told = self.model.family.takes_guidance
         steps = self.consistency.segments if self.consistency.segments > 1 else FEW_STEPS
-        guidance = usual_guidance(self.model) if told else 1.0
+        low, high = self.consistency.guidance_min, self.consistency.guidance_max
+        assert low is not None and high is not None  # resolved
+        guidance = min(max(usual_guidance(self.model), low), high) if told else 1.0
         return {"guidance_scale": guidance, "steps": steps}
 
 

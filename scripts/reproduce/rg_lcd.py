@@ -1,0 +1,244 @@
+"""Distillation to one to four steps, alone and with a reward, from a teacher of open captions.
+
+    python scripts/reproduce/rg_lcd.py --jobs 2
+
+All arms of a seed start from the same teacher (`runner/open_captions.py`) and see the same
+pictures, captions, noise, intervals and guidance. The reward is the embedded scorer's, of pictures
+that are averaged down to 16x16: it cannot see what the student draws between these pixels. Training
+and scoring run on a GPU where there is one; each cell says on what it was made.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rg_lcd_parts.measure import POOLED, Judges, Prompts, Sampler
+from rg_lcd_parts.report import ABLATIONS, LCD, TEACHER_ARM, draw, text
+from runner.experiment import Cell, Experiment, digest
+from runner.inputs import asset_digests, read_pictures
+from runner.main import main
+from runner.open_captions import TEACHER, open_pictures, open_teacher
+from runner.work import INTERRUPTED, Interrupted, claim
+from safetensors.torch import load, save
+from torch import Tensor
+
+from diffkit.errors import RunFailed
+from diffkit.files import atomic_write, read_jsonl
+from diffkit.models.few_step import consistency_scheduler
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.lora import load_lora
+from diffkit.objectives.consistency_config import ConsistencyConfig
+from diffkit.objectives.proxy_reward import ProxyRewardConfig
+from diffkit.objectives.reward_guided_config import RewardConfig
+from diffkit.training.config import TrainConfig
+from diffkit.training.consistency import ConsistencyTraining
+from diffkit.training.folder import RunFolder
+from diffkit.training.launch import train
+from diffkit.training.proxy_reward import ProxyRewardTraining
+from diffkit.training.reward_guided import RewardGuidedTraining
+
+DIRECT: dict[str, Any] = {"mode": "direct", "rewards": POOLED, "share": 0.3}
+PROXY: dict[str, Any] = {
+    "mode": "proxy",
+    "rewards": POOLED,
+    "share": 0.3,
+    "refit_rate": 1e-4,
+    "refit_every": 2,
+    "refit_share": 0.5,
+}
+ARMS: dict[str, dict[str, Any]] = {
+    TEACHER_ARM: {"lcd": None},
+    LCD: {},
+    "direct": {"reward": DIRECT},
+    "direct, large": {"reward": DIRECT | {"share": 2.0}},
+    "proxy": {"reward": PROXY, "proxy": {"network": "vit", "text": "embedded"}},
+    "online target": {"lcd": {"target": "online"}},
+    "L2": {"lcd": {"distance": "l2"}},
+    "random embedding": {"lcd": {"embedding_init": "default"}},
+    "alpha-weighted": {"reward": DIRECT | {"weighting": "alpha"}},
+    "two segments": {"lcd": {"segments": 2}, "sampled": [2]},
+    "full resolution": {"reward": DIRECT | {"rewards": "embedded"}},
+    "proxy of taps": {"reward": PROXY, "proxy": {"network": "taps"}},
+    "LoRA": {"lora_rank": 16},
+}
+SETTINGS: dict[str, Any] = {
+    "data": "t2i-64, open captions",
+    "assets": asset_digests("model/unet", "model/vae", "model/text_encoder", "scorer"),
+    "teacher": TEACHER,
+    "steps": 1500,
+    "batch_size": 32,
+    "learning_rate": 1e-4,
+    "warmup_steps": 50,
+    "ema": 0.99,
+    "lcd": {},
+    "guidance": [1.5, 3.5],
+    "told": 2.0,
+    "sampled": [1, 2, 4],
+    "pretraining": {"steps": 800, "batch_size": 64, "learning_rate": 5e-4, "warmup_steps": 50},
+}
+SCORING: dict[str, Any] = {
+    "assets": asset_digests("features", "scorer"),
+    "noises": 6,
+    "teacher_steps": [1, 2, 4, 10, 20, 50],
+    "endpoint_steps": 50,
+}
+LAST = 100
+"""Steps at the end of a run over which the proxy's accuracy is averaged."""
+
+
+# -- training -----------------------------------------------------------------------------------
+
+
+def common(cell: Cell, data: Path, teacher: Path, output: Path) -> dict[str, Any]:
+    """Flags of every training of a cell."""
+    return {
+        "data": str(data),
+        "model": str(teacher),
+        "output": output,
+        "cache_latents": True,
+        "cache": cell.work.parent / "cache",
+        "workers": 1,
+        "checkpoint_every": 250,
+        "keep": 1,
+        "tracker": "none",
+    }
+
+
+def finished(config: TrainConfig) -> Path:
+    """Train, or go on where it stopped; the folder of the result."""
+    with claim(Path(config.output), wait=True):
+        code = train(config)
+    if code == INTERRUPTED:
+        raise Interrupted
+    if code:
+        raise RunFailed(f"{config.output}: the training ended with code {code}.")
+    return RunFolder(config).result
+
+
+def proxy_configuration(cell: Cell, data: Path, teacher: Path) -> ProxyRewardTraining:
+    """The training of a proxy before it is fitted to the reward; one for all seeds."""
+    settings, kind = cell.settings["pretraining"], cell.settings["proxy"]
+    chosen = digest([settings, kind, cell.settings["teacher"], cell.settings["data"]])
+    return ProxyRewardTraining(
+        **common(cell, data, teacher, cell.work.parent / f"proxy-{chosen}"),
+        max_steps=settings["steps"],
+        batch_size=settings["batch_size"],
+        learning_rate=settings["learning_rate"],
+        warmup_steps=settings["warmup_steps"],
+        proxy=ProxyRewardConfig(**kind),
+    )
+
+
+def configuration(
+    cell: Cell, data: Path, teacher: Path, proxy: Path | None = None
+) -> ConsistencyTraining:
+    """The distillation of one arm."""
+    settings = cell.settings
+    low, high = settings["guidance"]
+    if settings.get("lora_rank"):
+        low = high = settings["told"]
+    flags: dict[str, Any] = {
+        **common(cell, data, teacher, cell.work / "run"),
+        "seed": cell.seed,
+        "max_steps": settings["steps"],
+        "batch_size": settings["batch_size"],
+        "learning_rate": settings["learning_rate"],
+        "warmup_steps": settings["warmup_steps"],
+        "ema": settings["ema"],
+        "lora_rank": settings.get("lora_rank"),
+        "cache_embeddings": True,
+        "lcd": ConsistencyConfig(guidance_min=low, guidance_max=high, **settings["lcd"]),
+    }
+    if "reward" not in settings:
+        return ConsistencyTraining(**flags)
+    return RewardGuidedTraining(**flags, reward=RewardConfig(**settings["reward"], proxy=proxy))
+
+
+# -- measuring ----------------------------------------------------------------------------------
+
+
+def endpoints(cell: Cell, teacher: Sampler, prompts: Prompts) -> Tensor:
+    """Where the teacher's trajectories end, made once a seed."""
+    settings, scoring = cell.settings, cell.scoring
+    known = [settings[key] for key in ("data", "teacher", "told", "assets")]
+    chosen = digest([known, scoring, cell.seed, len(prompts.captions)])
+    path = cell.work.parent / f"endpoints-{chosen}.safetensors"
+    with claim(path, wait=True):
+        if not path.exists():
+            made = teacher.latents(prompts.captions, scoring["endpoint_steps"])
+            with atomic_write(path) as file:
+                file.write(save({"latents": made.cpu()}))
+    return load(path.read_bytes())["latents"]
+
+
+def student(cell: Cell, teacher: Path, result: Path, device: torch.device) -> Sampler:
+    """The finished student of a cell; a LoRA on the teacher."""
+    settings = cell.settings
+    if settings.get("lora_rank") is None:
+        return Sampler(LatentDiffusion.load(result, device=device), settings["told"], cell.seed)
+    model = LatentDiffusion.load(teacher, device=device)
+    model.set_scheduler(consistency_scheduler(model, ConsistencyConfig().solver_steps))
+    load_lora(model, result)
+    return Sampler(model.to(device), 1.0, cell.seed)
+
+
+def logged(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a run says of itself at its end: of the proxy, of the reward's weight, of diversity."""
+    names = {"refit/accuracy": "accuracy", "saturated": "saturated", "lcd/saturated": "saturated"}
+    last = rows[-LAST:]
+    found = {}
+    for key, name in names.items():
+        column = [row[key] for row in last if row.get(key) is not None]
+        if column:
+            found[name] = math.fsum(column) / len(column)
+    return found
+
+
+def measured(cell: Cell, data: Path, teacher: Path) -> dict[str, Any]:
+    """The numbers of a cell: a list over the numbers of steps for each measure."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings, scoring = cell.settings, cell.scoring
+    prompts = Prompts.read(data, scoring["noises"])
+    start = Sampler(LatentDiffusion.load(teacher, device=device), settings["told"], cell.seed)
+    sampler, steps, values = start, scoring["teacher_steps"], {}
+    if settings["lcd"] is not None:
+        proxy = None
+        if "proxy" in settings:
+            proxy = finished(proxy_configuration(cell, data, teacher))
+        result = finished(configuration(cell, data, teacher, proxy))
+        sampler, steps = student(cell, teacher, result, device), settings["sampled"]
+        values = logged(read_jsonl(cell.work / "run" / "metrics.jsonl"))
+    judges = Judges(prompts, read_pictures(data)[0], endpoints(cell, start, prompts), device)
+    each = {}
+    for number in steps:
+        latents = sampler.latents(prompts.captions, number)
+        each[str(number)] = judges.score(latents, sampler.pictures(latents))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {"device": name, "n": len(prompts.captions), "steps": each, **values}
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """Train one arm with one seed and measure it."""
+    return measured(cell, open_pictures(), open_teacher())
+
+
+EXPERIMENT = Experiment(
+    name="rg_lcd",
+    title="Few steps, and few steps with a reward",
+    arms=ARMS,
+    seeds=(0, 1, 2),
+    settings=SETTINGS,
+    scoring=SCORING,
+    run=run,
+    text=text,
+    draw=draw,
+    fewer=dict.fromkeys(ABLATIONS, (0,)),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT))

@@ -1,0 +1,1 @@
+"""What `rg_lcd.py` is made of."""

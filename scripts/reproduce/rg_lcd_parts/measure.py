@@ -1,0 +1,146 @@
+"""Samples of a few-step model from fixed captions and noises, and everything that scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from runner.inputs import FEATURES
+from runner.open_captions import KINDS, open_caption
+from torch import Tensor
+
+from diffkit.evaluation.kernel_distance import kernel_distance_weighted
+from diffkit.files import read_jsonl
+from diffkit.models.feature_network import FeatureNetwork
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.sampling import sample
+from diffkit.objectives.collapse import within_prompt_diversity
+from diffkit.perceptual.spectra import power_spectrum, ring_frequencies
+from diffkit.randomness import normal
+from diffkit.rewards.spec import load_reward
+
+__all__ = ["POOLED", "Judges", "Prompts", "Sampler"]
+
+POOLED = "embedded@16"
+"""The embedded scorer of pictures averaged down to 16x16."""
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Captions of the samples, each with several noises: all of a kind that leaves things open."""
+
+    captions: list[str]
+    kinds: list[str]
+    noises: int
+
+    @classmethod
+    def read(cls, data: Path, noises: int) -> Prompts:
+        """Every open caption of the data once, in order, `noises` times."""
+        found: dict[str, str] = {}
+        for kind in KINDS:
+            for row in read_jsonl(data / "metadata.jsonl"):
+                full = max(row["text"], key=lambda text: text.count(","))
+                found.setdefault(open_caption({**row, "text": [full]}, kind), kind)
+        each = [pair for pair in found.items() for _ in range(noises)]
+        return cls([caption for caption, _ in each], [kind for _, kind in each], noises)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model with the scale that it is sampled with, and the noise of a seed."""
+
+    model: LatentDiffusion
+    guidance: float
+    seed: int
+
+    def _noise(self, places: range, *step: int) -> Tensor:
+        size = self.model.default_size
+        shape = self.model.latent_shape(size, size)
+        rows = [normal(shape, self.seed, "few-step sample", place, *step) for place in places]
+        return torch.stack(rows).to(self.model.device)
+
+    @torch.no_grad()
+    def latents(self, captions: Sequence[str], steps: int) -> Tensor:
+        """(n, C, h, w); sample i starts from the same noise for every model of the seed."""
+        model, made = self.model, []
+        size = (model.default_size, model.default_size)
+        model.denoiser.eval()
+        for start in range(0, len(captions), BATCH):
+            texts = list(captions[start : start + BATCH])
+            places = range(start, start + len(texts))
+            cond = model.conditioner.encode(texts, size).to(model.device)
+            null = model.conditioner.null(1, size).to(model.device).expand(len(texts))
+            made.append(
+                sample(
+                    model.denoiser,
+                    self._noise(places),
+                    cond,
+                    null,
+                    steps=steps,
+                    guidance_scale=self.guidance,
+                    fresh=partial(self._noise, places),
+                    shown=False,
+                )
+            )
+        return torch.cat(made)
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """(n, 3, H, W) in [-1, 1]."""
+        parts = [self.model.codec.decode(part).clamp(-1, 1) for part in latents.split(BATCH)]
+        return torch.cat(parts)
+
+
+class Judges:
+    """Everything that scores the samples of one seed, on the samples' device."""
+
+    def __init__(self, prompts: Prompts, real: Tensor, ends: Tensor, device: torch.device) -> None:
+        self.prompts = prompts
+        self.ends = ends.to(device)
+        self.network = FeatureNetwork.load(FEATURES).to(device)
+        self.real = self._features(real.to(device))
+        self.rewards = {
+            name: load_reward(spec, device)
+            for name, spec in (("reward", POOLED), ("reward_full", "embedded"))
+        }
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> Tensor:
+        return torch.cat([self.network.features(part) for part in images.split(BATCH)])
+
+    @torch.no_grad()
+    def score(self, latents: Tensor, images: Tensor) -> dict[str, float]:
+        """All measures of samples made of `prompts`, in order."""
+        drawn = self._features(images)
+        kernel = kernel_distance_weighted(drawn, self.real, torch.ones(len(drawn)).to(drawn))
+        spectrum = power_spectrum(images).mean(0).cpu()
+        high = ring_frequencies(*images.shape[-2:]) >= 0.5
+        found = {
+            "kernel": float(kernel),
+            "endpoint": float((latents - self.ends).square().mean()),
+            "detail": float(spectrum[high].mean()),
+            "diversity": float(
+                within_prompt_diversity(latents.unflatten(0, (-1, self.prompts.noises)))
+            ),
+            "concept": self._concepts(images),
+        }
+        for name, reward in self.rewards.items():
+            embedded = reward.embed_prompts(self.prompts.captions)
+            parts = zip(images.split(BATCH), embedded.split(BATCH), strict=True)
+            found[name] = float(torch.cat([reward.score(*part) for part in parts]).mean())
+        return found
+
+    def _concepts(self, images: Tensor) -> float:
+        """The share of samples of a concept's caption in which the feature network sees it."""
+        places = [i for i, kind in enumerate(self.prompts.kinds) if kind == "concept"]
+        names = [self.prompts.captions[i] for i in places]
+        every = sorted(set(names))
+        logits = self.network.classify(images[places])["concept"]
+        best = logits[:, self.network.concept_indices(every).to(logits.device)].argmax(1)
+        truth = torch.tensor([every.index(name) for name in names], device=best.device)
+        return float((best == truth).float().mean())

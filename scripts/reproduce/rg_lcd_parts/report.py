@@ -1,0 +1,248 @@
+"""Text and figure of the experiment on few-step distillation, from its result files alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runner.experiment import Results
+from runner.intervals import Difference, paired_difference
+from runner.report import MORE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ABLATIONS", "LCD", "TEACHER_ARM", "draw", "text"]
+
+TEACHER_ARM, LCD = "teacher", "LCD"
+REWARDED = ("direct", "direct, large", "proxy")
+ABLATIONS = {
+    "online target": "the student itself in place of its moving average as the target",
+    "L2": "squared distance in place of pseudo-Huber",
+    "random embedding": "the guidance's new input as torch initialises it",
+    "two segments": "consistency inside two segments, two steps from edge to edge",
+    "LoRA": "rank 16, one guidance scale, online target",
+    "alpha-weighted": "direct reward, weighted by alpha_t",
+    "full resolution": "direct reward of the whole 64x64 picture",
+    "proxy of taps": "the proxy is a head on the teacher's own encoder",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One measure: its key, its label, how it is printed, whether arms are told apart by ratios."""
+
+    key: str
+    label: str
+    form: str
+    ratio: bool = False
+
+
+KERNEL = Kind("kernel", "kernel distance", ".4f", ratio=True)
+REWARD = Kind("reward", "reward, pictures at 16x16", ".4f")
+DETAIL = Kind("detail", "power above half of Nyquist", ".3g", ratio=True)
+KINDS = (
+    KERNEL,
+    REWARD,
+    Kind("reward_full", "the same scorer at 64x64", ".4f"),
+    Kind("concept", "concept, by the feature network", ".1%"),
+    DETAIL,
+    Kind("diversity", "diversity within a prompt", ".3f"),
+    Kind("endpoint", "squared distance to the teacher's endpoint", ".4f"),
+)
+
+
+def column(results: Results, arm: str, kind: Kind, steps: int, seeds: Sequence[int]) -> list[float]:
+    """One measure of samples of so many steps, seed by seed."""
+    return [float(results.values[arm, s]["steps"][str(steps)][kind.key]) for s in seeds]
+
+
+def steps_of(results: Results, arm: str) -> list[int]:
+    """The numbers of steps that an arm was sampled with."""
+    first = next(values for (name, _), values in results.values.items() if name == arm)
+    return [int(steps) for steps in first["steps"]]
+
+
+def contrast(
+    results: Results, arm: tuple[str, int], other: tuple[str, int], kind: Kind
+) -> Difference | None:
+    """arm - other paired by seed, of logarithms where ratios count; None without a common seed."""
+    seeds = results.seeds(arm[0], other[0])
+    if not seeds:
+        return None
+    columns = [column(results, name, kind, steps, seeds) for name, steps in (arm, other)]
+    if kind.ratio:
+        # An unbiased estimate of a small distance may fall below 0.
+        columns = [[math.log(max(value, 1e-6)) for value in values] for values in columns]
+    return paired_difference(*columns)
+
+
+def told(found: Difference, kind: Kind) -> str:
+    """`+0.012 [0.002, 0.022]`, or `x 0.31 [0.22, 0.43]` of ratios."""
+    if not kind.ratio:
+        values = (format(x, f"+{kind.form}") for x in (found.mean, found.low, found.high))
+        return "{} [{}, {}]".format(*values)
+    numbers = (found.mean, found.low, found.high)
+    each = (f"{math.exp(x):.3g}" if x < math.inf else "inf" for x in numbers)
+    return "x {} [{}, {}]".format(*each)
+
+
+def mean(results: Results, arm: str, kind: Kind, steps: int) -> str:
+    """The mean over the seeds of an arm, printed."""
+    values = column(results, arm, kind, steps, results.seeds(arm))
+    return format(sum(values) / len(values), kind.form)
+
+
+def curve_table(results: Results) -> Iterator[str]:
+    """Kernel distance and distance to the endpoint by steps, teacher and student."""
+    arms = [arm for arm in (TEACHER_ARM, LCD) if results.seeds(arm)]
+    kinds = (KERNEL, KINDS[-1], KINDS[3])
+    yield "| arm | steps | " + " | ".join(kind.label for kind in kinds) + " |"
+    yield "| --- | --- |" + " --- |" * len(kinds)
+    for arm in arms:
+        for steps in steps_of(results, arm):
+            cells = [mean(results, arm, kind, steps) for kind in kinds]
+            yield f"| {arm} | {steps} | " + " | ".join(cells) + " |"
+
+
+PAIRS = ((1, 1), (2, 2), (4, 10), (4, 20), (4, 50))
+"""Steps of the student against steps of the teacher."""
+
+
+def distillation(results: Results) -> Iterator[str]:
+    """The student against its teacher, in kernel distance."""
+    if not results.seeds(LCD, TEACHER_ARM):
+        yield f"No seed has both {TEACHER_ARM} and {LCD} yet."
+        return
+    yield "| student's steps | teacher's | kernel distance, student / teacher, 95 % interval |"
+    yield "| --- | --- | --- |"
+    for ours, theirs in PAIRS:
+        found = contrast(results, (LCD, ours), (TEACHER_ARM, theirs), KERNEL)
+        assert found is not None
+        yield f"| {ours} | {theirs} | {told(found, KERNEL)} |"
+
+
+def rewards_table(results: Results, steps: int) -> Iterator[str]:
+    """Every measure of LCD and of the arms with a reward, against LCD."""
+    arms = [arm for arm in REWARDED if results.seeds(arm, LCD)]
+    if not arms:
+        yield f"No seed has both {LCD} and a reward yet."
+        return
+    yield f"| measure, {steps} step(s) | {LCD} | " + " | ".join(arms) + " |"
+    yield "| --- | --- |" + " --- |" * len(arms)
+    for kind in KINDS:
+        cells = [mean(results, LCD, kind, steps)]
+        for arm in arms:
+            found = contrast(results, (arm, steps), (LCD, steps), kind)
+            assert found is not None
+            cells.append(f"{mean(results, arm, kind, steps)}; {told(found, kind)}")
+        yield f"| {kind.label} | " + " | ".join(cells) + " |"
+
+
+def orders(results: Results, steps: int) -> Iterator[str]:
+    """Whether reward(direct) > reward(proxy) > reward(LCD), by their intervals."""
+    for higher, lower in (("direct", "proxy"), ("proxy", LCD), ("direct", LCD)):
+        found = contrast(results, (higher, steps), (lower, steps), REWARD)
+        if found is None:
+            continue
+        word = "undecided"
+        if found.clear:
+            word = "shown" if found.mean > 0 else "contradicted"
+        claim = f"reward({higher}) > reward({lower}), {steps} step(s)"
+        yield f"- {claim}: {told(found, REWARD)}, {word}."
+
+
+def accuracy(results: Results) -> str:
+    """How often the proxy orders pairs as the reward does."""
+    parts = []
+    for arm in ("proxy", "proxy of taps"):
+        seeds = results.seeds(arm)
+        if seeds:
+            values = ", ".join(f"{x:.1%}" for x in results.column(arm, "accuracy", seeds))
+            parts.append(f"{arm} {values}")
+    if not parts:
+        return "No proxy was fitted yet."
+    return (
+        "Pairs of student, target and real picture that the proxy orders as the reward does, over "
+        f"the last 100 steps, before the step that is made on them: {'; '.join(parts)}."
+    )
+
+
+def ablation_table(results: Results) -> Iterator[str]:
+    """One row an ablation, one seed: samples of 1, 2 and 4 steps as far as there are any."""
+    kinds = (KERNEL, REWARD, DETAIL, KINDS[5])
+    yield "| arm | what | steps | " + " | ".join(kind.label for kind in kinds) + " |"
+    yield "| --- | --- | --- |" + " --- |" * len(kinds)
+    rows = [(LCD, "the defaults"), ("direct", "reward of 16x16, share 0.3"), *ABLATIONS.items()]
+    for arm, meaning in rows:
+        if 0 not in results.seeds(arm):
+            continue
+        for steps in steps_of(results, arm):
+            cells = [format(column(results, arm, k, steps, [0])[0], k.form) for k in kinds]
+            yield f"| {arm} | {meaning} | {steps} | " + " | ".join(cells) + " |"
+
+
+def text(results: Results) -> str:
+    """Distillation against the teacher, then what a reward adds and costs."""
+    known = next(iter(results.values.values()))
+    devices = ", ".join(sorted({values["device"] for values in results.values.values()}))
+    return "\n".join(
+        [
+            "The teacher is the embedded model trained on with captions that leave things open; "
+            "its own steps are DDIM's with guidance 2. Students: all weights, 1500 steps of 32, "
+            "guidance drawn from 1.5 to 3.5 and told to the student, sampled at 2. Each measure is "
+            f"of {known['n']} samples, 6 noises of every caption, the same noises for all arms of "
+            "a seed; kernel distance to all pictures with the embedded features. Intervals are "
+            "t-intervals of differences paired by seed, of logarithms for ratios (x). "
+            f"Made on {devices}.",
+            "",
+            *curve_table(results),
+            "",
+            *distillation(results),
+            "",
+            "The reward is the embedded scorer's, of pictures averaged down to 16x16; its gradient "
+            "is kept at 0.3 of the distillation's, at 2 in the large arm. Beside each mean the "
+            f"contrast with {LCD}:",
+            "",
+            *rewards_table(results, 1),
+            "",
+            *orders(results, 1),
+            *orders(results, 4),
+            "",
+            accuracy(results),
+            "",
+            MORE,
+            "",
+            *rewards_table(results, 2),
+            "",
+            *rewards_table(results, 4),
+            "",
+            "Ablations, seed 0:",
+            "",
+            *ablation_table(results),
+        ]
+    )
+
+
+def draw(results: Results, figure: Figure) -> None:
+    """Kernel distance by steps; reward against high-frequency power at one step."""
+    panels = figure.subplots(1, 2)
+    colours = {TEACHER_ARM: "black", LCD: "tab:blue", "direct": "tab:orange"}
+    colours |= {"direct, large": "tab:red", "proxy": "tab:green"}
+    for arm, colour in colours.items():
+        for i, seed in enumerate(results.seeds(arm)):
+            style = {"color": colour, "alpha": 0.7, "label": arm if i == 0 else None}
+            steps = steps_of(results, arm)
+            values = [column(results, arm, KERNEL, n, [seed])[0] for n in steps]
+            panels[0].plot(steps, values, marker="o", markersize=3, **style)
+            if arm != TEACHER_ARM:
+                place = (column(results, arm, kind, 1, [seed]) for kind in (DETAIL, REWARD))
+                panels[1].scatter(*place, s=18, **style)
+    panels[0].set(xscale="log", yscale="symlog", xlabel="steps", ylabel=KERNEL.label)
+    panels[0].set_yscale("symlog", linthresh=1e-3)
+    panels[1].set(xscale="log", xlabel=f"{DETAIL.label}, one step", ylabel=REWARD.label)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)

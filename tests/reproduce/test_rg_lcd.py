@@ -1,0 +1,135 @@
+"""The arms of the few-step experiment at tiny size, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffkit.assets import path
+from matplotlib.figure import Figure
+from reproduce import rg_lcd
+from rg_lcd_parts import report
+from rg_lcd_parts.measure import Prompts, Sampler
+from runner.experiment import Cell, Results
+
+from diffkit.files import read_jsonl
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.training.consistency import ConsistencyTraining
+from diffkit.training.reward_guided import RewardGuidedTraining
+
+TEACHER = path("model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures of the sample, their captions as in the pictures of the experiment."""
+    folder = tmp_path_factory.mktemp("open")
+    rows = read_jsonl(path("sample") / "metadata.jsonl")[
+        :: len(list(path("sample").glob("*"))) // 8
+    ]
+    for row in rows:
+        (folder / row["file_name"]).symlink_to(path("sample") / row["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def cell(tmp_path: Path) -> Callable[[str, int], Cell]:
+    tiny = {"steps": 3, "batch_size": 4, "warmup_steps": 1}
+    pretraining = {**rg_lcd.SETTINGS["pretraining"], **tiny}
+    settings = {**rg_lcd.SETTINGS, **tiny, "sampled": [1, 2], "pretraining": pretraining}
+    scoring = {**rg_lcd.SCORING, "noises": 2, "teacher_steps": [1, 2], "endpoint_steps": 2}
+    return replace(rg_lcd.EXPERIMENT, settings=settings, scoring=scoring, work=tmp_path).cell
+
+
+def test_every_arm_is_a_configuration(cell: Callable[[str, int], Cell], data: Path) -> None:
+    for arm, values in rg_lcd.ARMS.items():
+        one = cell(arm, 0)
+        if one.settings["lcd"] is None:
+            continue
+        if "proxy" in values:
+            rg_lcd.proxy_configuration(one, data, TEACHER).check()
+        config = rg_lcd.configuration(one, data, TEACHER, None)
+        config.check()
+        assert isinstance(config, ConsistencyTraining)
+        assert isinstance(config, RewardGuidedTraining) == ("reward" in values)
+    main = {report.TEACHER_ARM, report.LCD, *report.REWARDED}
+    assert set(rg_lcd.ARMS) == main | set(report.ABLATIONS)
+
+
+def test_prompts_leave_things_open(data: Path) -> None:
+    found = Prompts.read(data, 3)
+    assert len(found.captions) == len(found.kinds) == 3 * len(set(found.captions))
+    assert found.captions[0] == found.captions[2] != found.captions[3]
+    assert set(found.kinds) == {"concept", "look"}
+    assert all((", " in c) == (k == "look") for c, k in zip(found.captions, found.kinds))
+
+
+def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
+    sampler = Sampler(LatentDiffusion.load("embedded"), 1.0, 0)
+    one, two = sampler._noise(range(3)), sampler._noise(range(1, 3))
+    assert torch.equal(one[1:], two) and not torch.equal(sampler._noise(range(3), 0), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["teacher", "proxy", "two segments", "LoRA"])
+def test_a_tiny_cell(cell: Callable[[str, int], Cell], data: Path, arm: str) -> None:
+    one = cell(arm, 0)
+    values = rg_lcd.measured(one, data, TEACHER)
+    assert values["device"] and values["n"] == 2 * len(set(Prompts.read(data, 1).captions))
+    assert json.loads(json.dumps(values)) == values
+    for scores in values["steps"].values():
+        assert all(math.isfinite(x) for x in scores.values())
+        assert {kind.key for kind in report.KINDS} == set(scores)
+    if arm == "proxy":
+        assert 0 <= values["accuracy"] <= 1
+    if arm == "teacher":  # of its own trajectory it is the end
+        assert values["steps"]["2"]["endpoint"] == pytest.approx(0, abs=1e-10)
+        assert values["steps"]["1"]["endpoint"] > 0
+    else:
+        before = (one.work / "run" / "metrics.jsonl").read_bytes()
+        assert rg_lcd.measured(one, data, TEACHER) == values
+        assert (one.work / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def known() -> Results:
+    """Results in which every number follows from arm, steps and seed."""
+    gains = {report.LCD: 0.0, "proxy": 0.1, "direct": 0.2, "direct, large": 0.4}
+    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    for arm in rg_lcd.ARMS:
+        for seed in rg_lcd.EXPERIMENT.fewer.get(arm, rg_lcd.EXPERIMENT.seeds):
+            teacher = arm == report.TEACHER_ARM
+            steps = rg_lcd.SCORING["teacher_steps"] if teacher else (1, 2, 4)
+            steps = rg_lcd.ARMS[arm].get("sampled", steps)
+            each = {}
+            for n in steps:
+                scores = dict.fromkeys((kind.key for kind in report.KINDS), 0.5)
+                scores["kernel"] = (0.4 if teacher else 0.1) / n
+                scores["reward"] = (
+                    0.2 + gains.get(arm, 0.0) + 0.001 * seed * (1 + gains.get(arm, 0))
+                )
+                each[str(n)] = scores
+            cells[arm, seed] = {"device": "cpu", "n": 552, "steps": each, "accuracy": 0.8}
+    return Results(cells)
+
+
+def test_report_of_numbers_by_hand() -> None:
+    told = rg_lcd.text(known())
+    assert "| 1 | 1 | x 0.25 [0.25, 0.25] |" in told  # 0.1 / 0.4
+    assert "| 4 | 10 | x 0.625 [0.625, 0.625] |" in told  # (0.1 / 4) / (0.4 / 10)
+    assert "reward(direct) > reward(proxy), 1 step(s): +0.1001" in told
+    assert told.count("shown.") == 6 and "proxy 80.0%, 80.0%, 80.0%" in told
+    assert "| two segments | " in told and "Made on cpu." in told
+    rg_lcd.EXPERIMENT.draw(known(), Figure())
+
+
+def test_report_before_there_is_much() -> None:
+    some = Results({k: v for k, v in known().values.items() if k == ("teacher", 0)})
+    assert "No seed has both teacher and LCD yet." in rg_lcd.text(some)
+    rg_lcd.EXPERIMENT.draw(some, Figure())
