@@ -1,12 +1,13 @@
 """LAION's aesthetic predictors: a small head on CLIP's image features, blind to the prompt.
 
-Version 1 is a linear map of ViT-L/14 or ViT-B/32 features, version 2 five linear layers on
-ViT-L/14, both of unit vectors of OpenAI's CLIP. They are published as small files in
-LAION-AI/aesthetic-predictor and christophschuhmann/improved-aesthetic-predictor.
+Version 1 is a linear map of ViT-L/14, B/16 or B/32 features, version 2 five linear layers on
+ViT-L/14, all of unit vectors of OpenAI's CLIP. They are published as small files in
+LAION-AI/aesthetic-predictor (MIT) and christophschuhmann/improved-aesthetic-predictor.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from diffkit.rewards.base import Reward, frozen
 __all__ = ["AestheticReward", "head_of_weights", "load"]
 
 _V1 = "https://github.com/LAION-AI/aesthetic-predictor"
-_TOWERS = {768: "ViT-L-14:openai", 512: "ViT-B-32:openai"}
+_TOWERS = {"l": "ViT-L-14:openai", "b_16": "ViT-B-16:openai", "b_32": "ViT-B-32:openai"}
+"""By the published file names: ..._vit_l_14_..., ..._vit_b_16_..., ..., and ...-l14-..."""
 _BETWEEN = "+"
 
 
@@ -58,8 +60,9 @@ class AestheticReward(Reward):
 def load(place: str, device: torch.device, dtype: torch.dtype) -> Reward:
     """The reward aesthetic:HEAD[+CLIP], several of them joined by "++".
 
-    HEAD is a file, CLIP is ARCH:WEIGHTS as `load_clip` takes it, else the one whose features the
-    head takes, which open_clip fetches. Raises `UserError` when one cannot be had or does not fit.
+    HEAD is a file, CLIP is ARCH:WEIGHTS as `load_clip` takes it, else the one that the published
+    name of the file says, which open_clip fetches. Raises `UserError` when one cannot be had or
+    does not fit.
     """
     if not place:
         raise UserError(
@@ -75,7 +78,7 @@ def _pair(part: str, device: torch.device, dtype: torch.dtype) -> tuple[Clip, nn
     file, _, tower = (part, "", "") if Path(part).is_file() else part.rpartition(_BETWEEN)
     head = head_of_weights(load_named_weights(file), file)
     width = next(head.parameters()).shape[1]
-    tower = tower or _TOWERS.get(width, "")
+    tower = tower or _published(Path(file).name)
     if not tower:
         raise UserError(f"aesthetic: name the CLIP of {file}, whose features have length {width}.")
     clip = load_clip(f"clip:{tower}", device, dtype)
@@ -84,6 +87,11 @@ def _pair(part: str, device: torch.device, dtype: torch.dtype) -> tuple[Clip, nn
             f"aesthetic: {file} takes features of length {width}, {tower} has {clip.dim}."
         )
     return clip, frozen(head, device, torch.float32)
+
+
+def _published(name: str) -> str:
+    mark = re.search(r"vit_(b_16|b_32|l)_|-(l)14-", name)
+    return _TOWERS[mark[1] or mark[2]] if mark else ""
 
 
 def head_of_weights(state: Mapping[str, Tensor], source: str) -> nn.Module:

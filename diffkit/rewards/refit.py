@@ -12,7 +12,7 @@ does. One value a prompt; nothing is averaged here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ __all__ = [
     "RunningMedian",
     "contrastive_loss",
     "expert_logits",
-    "expert_rewards",
     "pair_accuracy",
     "pair_kl",
     "proxy_logits",
@@ -70,23 +69,6 @@ def pair_accuracy(expert: Tensor, proxy: Tensor) -> Tensor:
     return ((r.sign() * s.sign()).float() + 1).mean(1) / 2
 
 
-def expert_rewards(
-    rate: Callable[[Tensor, Tensor], Tensor], latents: Tensor, embedded: Tensor
-) -> Tensor:
-    """Rewards (B, J) float32 of candidates, without gradient; the reward need not have one.
-
-    Arguments:
-        rate: latents (B, C, h, w), rows of `Reward.embed_prompts` -> (B,): decodes, in whatever
-            chunks memory asks for, and scores.
-        latents: (B, J, C, h, w).
-        embedded: (B, ...): row b is the prompt of all candidates b. Whoever takes a part of the
-            prompts takes the same rows of both.
-    """
-    with torch.no_grad():
-        columns = [rate(candidate, embedded).float() for candidate in latents.unbind(1)]
-    return torch.stack(columns, 1)
-
-
 def proxy_logits(
     proxy: LatentProxy, latents: Tensor, told: Told, text: Tensor | None = None
 ) -> Tensor:
@@ -104,40 +86,28 @@ def proxy_logits(
 
 
 def contrastive_loss(
-    images: Tensor,
-    texts: Tensor,
-    scale: Tensor,
-    *,
-    own: Tensor | None = None,
-    bank_images: Tensor | None = None,
-    bank_texts: Tensor | None = None,
-    excused: Tensor | None = None,
+    images: Tensor, texts: Tensor, scale: Tensor, excused: Tensor | None = None
 ) -> Tensor:
-    """CLIP's contrastive loss (B,), float32 (Radford et al. 2021), against a bank of M pairs.
+    """CLIP's contrastive loss (B,), float32 (Radford et al. 2021), of each pair against the others.
 
-        l_b = -(log softmax_m(k <u_b, V_m>)_own + log softmax_m(k <v_b, U_m>)_own) / 2
+        l_b = -(log softmax_m(k <u_b, v_m>)_b + log softmax_m(k <v_b, u_m>)_b) / 2
 
-    A loss against the rest of the batch depends on how the batch is split. With a bank that is the
-    same for all parts of it, such as addressed pictures and captions, it does not.
+    Unlike other losses it depends on what is given at once, so that must not be a matter of how a
+    batch is split.
 
     Arguments:
         images, texts: u, v (B, D), unit vectors.
         scale: k (), exp of the logarithm that is learned.
-        own: (B,) int64, each sample's place in the bank; 0..B-1 where the bank is the batch.
-        bank_images, bank_texts: U, V (M, D), each defaults to the batch itself.
-        excused: (B, M) true where a member of the bank is no wrong answer, such as one with the
-            same caption; a sample's own place counts all the same.
+        excused: (B, B), symmetric, true where m is no wrong answer to b, such as one of the same
+            caption; its own pair counts all the same.
     """
-    own = torch.arange(len(images), device=images.device) if own is None else own
-    total = images.new_zeros(len(images), dtype=torch.float32)
-    for rows, bank in ((images, bank_texts), (texts, bank_images)):
-        other = (texts if rows is images else images) if bank is None else bank
-        logits = scale.float() * rows.float() @ other.float().T
-        if excused is not None:
-            mine = F.one_hot(own, logits.shape[1]).bool()
-            logits = logits.masked_fill(excused & ~mine, -torch.inf)
-        total = total + F.cross_entropy(logits, own, reduction="none") / 2
-    return total
+    logits = scale.float() * images.float() @ texts.float().T
+    own = torch.arange(len(images), device=images.device)
+    if excused is not None:
+        others = excused & ~torch.eye(len(images), dtype=torch.bool, device=images.device)
+        logits = logits.masked_fill(others, -torch.inf)
+    both = [F.cross_entropy(x, own, reduction="none") for x in (logits, logits.T)]
+    return (both[0] + both[1]) / 2
 
 
 class RunningMedian:

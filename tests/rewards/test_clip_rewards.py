@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from diffkit.errors import UserError
 from diffkit.models.clip import CLIP_RULE, prepare
 from diffkit.randomness import normal, uniform
-from diffkit.rewards.aesthetic import head_of_weights
+from diffkit.rewards.aesthetic import _published, head_of_weights
 from diffkit.rewards.clip import hps
 from diffkit.rewards.places import find_weights
 from diffkit.rewards.spec import load_reward
@@ -165,6 +165,18 @@ def test_aesthetic_heads_give_one_value_a_picture(tiny, tmp_path):
     images = pictures().requires_grad_()
     reward(images, PROMPTS).sum().backward()
     assert images.grad.abs().max() > 0
+
+
+def test_published_heads_name_their_towers():
+    names = (
+        "sa_0_4_vit_l_14_linear.pth",
+        "sa_0_4_vit_b_16_linear.pth",
+        "sa_0_4_vit_b_32_linear.pth",
+    )
+    towers = ["ViT-L-14:openai", "ViT-B-16:openai", "ViT-B-32:openai"]
+    assert [_published(name) for name in names] == towers
+    assert _published("sac+logos+ava1-l14-linearMSE.pth") == towers[0]
+    assert _published("head.pth") == ""
 
 
 @pytest.mark.parametrize(
