@@ -130,6 +130,10 @@ class PooledReward(Reward):
         """Those of the reward within."""
         return self.inner.networks
 
+    def fingerprint(self) -> str:
+        """That of the reward within, and the number of pixels."""
+        return f"{self.name}-{self.inner.fingerprint()}"
+
     def read(self, prompts: list[str]) -> Tensor:
         """As the reward within."""
         return self.inner.read(prompts)

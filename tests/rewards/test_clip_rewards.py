@@ -196,3 +196,12 @@ def test_published_heads_name_their_towers():
 def test_other_heads_are_refused(state):
     with pytest.raises(UserError, match="head.pth: is no head of an aesthetic predictor"):
         head_of_weights(state, "head.pth")
+
+
+def test_a_missing_package_is_named_with_the_line_that_installs_it():
+    from diffkit.models.named_weights import optional_module
+
+    with pytest.raises(
+        UserError, match=r'hpsv2 needs the package .*pip install "diffkit\[rewards\]"'
+    ):
+        optional_module("no_such_package.part", "rewards", "the reward hpsv2")
