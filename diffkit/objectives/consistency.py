@@ -259,13 +259,8 @@ class ConsistencyObjective(DenoisingObjective):
         added = getattr(model.denoiser.model.config, "time_cond_proj_dim", None) is not None
         self._teacher = None if lora else frozen_teacher(model, dtype, drop_embedding=added)
         self._distilled = model.family.takes_guidance and not added
-        perceptual = None
-        if config.distance == "e_latentlpips":
-            from diffkit.perceptual.latent_lpips_io import load_latent_lpips
-
-            perceptual = load_latent_lpips(config.latent_lpips)
-        self._perceptual = perceptual
-        self._student = ConsistencyPlayer(model.denoiser, self.consistency, perceptual)
+        self._perceptual = _latent_lpips(config, model)
+        self._student = ConsistencyPlayer(model.denoiser, self.consistency, self._perceptual)
         self._target: Ema | None = None
         self._guard: DiversityGuard | None = None
         self._prompts: tuple[str, ...] = ()
@@ -457,6 +452,22 @@ class ConsistencyObjective(DenoisingObjective):
         assert low is not None and high is not None  # resolved
         guidance = min(max(usual_guidance(self.model), low), high) if told else 1.0
         return {"guidance_scale": guidance, "steps": steps}
+
+
+def _latent_lpips(config: ConsistencyConfig, model: LatentDiffusion) -> nn.Module | None:
+    """The network of the distance; `UserError` for one of other latents."""
+    if config.distance != "e_latentlpips":
+        return None
+    from diffkit.perceptual.latent_lpips_io import load_latent_lpips
+
+    network = load_latent_lpips(config.latent_lpips)
+    if network.config.channels != model.codec.channels:
+        raise UserError(
+            f"lcd.latent_lpips: {config.latent_lpips} reads latents of {network.config.channels} "
+            f"channels, and this model's have {model.codec.channels}; give a network that was "
+            "trained for these."
+        )
+    return network
 
 
 def _wide(output: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.lora import add_lora, lora_parameters
 from diffkit.objectives.consistency import ConsistencyObjective, Point, prepare_student
 from diffkit.objectives.consistency_config import ConsistencyConfig
+from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig, e_latentlpips
+from diffkit.perceptual.latent_lpips_io import load_latent_lpips, save_latent_lpips
 from tests.objectives.test_denoising import make_batch
 
 
@@ -180,6 +182,29 @@ def test_distances(tiny_sd: Path) -> None:
         if distance == "l2":
             torch.testing.assert_close(found["l2"], gap.square().flatten(1).mean(1))
     assert not torch.equal(found["huber"], found["l2"])
+
+
+def test_e_latentlpips_as_the_distance(tiny_sd: Path, tmp_path: Path) -> None:
+    """One addressed draw a sample; its network stays in float32 and gets no gradient."""
+    torch.manual_seed(0)
+    for channels in (4, 8):
+        network = LatentLpips(LatentLpipsConfig(channels, width=2, layout="pre_pool"))
+        save_latent_lpips(network, tmp_path / str(channels))
+    words: dict[str, Any] = {"distance": "e_latentlpips", "latent_lpips": str(tmp_path / "4")}
+    method = objective(tiny_sd, **words)
+    draws, shared = material(method)
+    found = method.players()["student"]("lcd", draws, shared)["loss"]
+    estimate = method._student.end(shared.start)
+    loaded = load_latent_lpips(tmp_path / "4")
+    want = e_latentlpips(loaded, estimate, shared.target, draws.augmentation)
+    torch.testing.assert_close(found, want)
+    found.mean().backward()
+    assert isinstance(method._perceptual, LatentLpips)
+    assert all(p.grad is None for p in method._perceptual.parameters())
+    assert method.model.denoiser.model.get_submodule("conv_in").weight.grad is not None
+    assert not any("lpips" in name for name, _ in method.players()["student"].named_parameters())
+    with pytest.raises(UserError, match="latents of 8 channels"):
+        objective(tiny_sd, **words | {"latent_lpips": str(tmp_path / "8")})
 
 
 def test_segments_stop_at_their_edges(tiny_sd: Path) -> None:

@@ -24,6 +24,9 @@ from diffkit.training.consistency import ConsistencyTraining
 from tests.training.test_denoising_runs import rows
 
 
+LORA = ("--lora-rank", 2)
+
+
 @pytest.fixture
 def train(pictures, tmp_path, tiny_folder):
     """`train(*words)` runs `diffkit train lcd`; returns the run's folder."""
@@ -126,6 +129,17 @@ def test_a_flow_student_and_its_pictures_by_seed(train, tmp_path):
             list(Image.open(b).tobytes())
         )
         assert gap.abs().max() <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [(), ("--lora-rank", 2), ("--lora-rank", 2, "--lcd.target", "ema")]
+)
+def test_bf16_is_near_float32(train, words):
+    """Teacher and base weights in bf16; latents, times, targets and losses stay in float32."""
+    plain = rows(train(*words, name="plain"))
+    half = rows(train(*words, "--mixed-precision", "bf16", name="half"))
+    assert half[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.1)
 
 
 @pytest.mark.slow
