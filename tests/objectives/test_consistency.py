@@ -19,6 +19,7 @@ from diffkit.objectives.consistency_config import ConsistencyConfig
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig, e_latentlpips
 from diffkit.perceptual.latent_lpips_io import load_latent_lpips, save_latent_lpips
 from tests.objectives.test_denoising import make_batch
+from tests.tiny import build_sd
 
 
 def objective(folder: Path, lora: bool = False, **config: Any) -> ConsistencyObjective:
@@ -254,6 +255,16 @@ def test_every_kind_of_teacher(tiny_folder: Callable[[str], Path], name: str) ->
     assert method.card()["guidance_scale"] == (config.guidance_max - 1) / 2 + 1 if told else 1
 
 
+def test_a_teacher_that_predicts_x0(tmp_path: Path) -> None:
+    method = objective(build_sd(tmp_path / "sd", "sample"))
+    draws, shared = material(method)
+    found = method.players()["student"]("lcd", draws, shared)["loss"]
+    start = shared.start
+    output = method.model.denoiser(start.z, start.t, start.cond, start.guidance)
+    torch.testing.assert_close(output, method._student.end(shared.start), rtol=1e-3, atol=1e-4)
+    assert found.isfinite().all()
+
+
 @torch.no_grad()
 def test_flux_dev_is_asked_once_and_told_the_scale(tiny_folder: Callable[[str], Path]) -> None:
     method = objective(tiny_folder("flux"), guidance_min=2.0, guidance_max=5.0)
@@ -340,8 +351,6 @@ def test_a_student_is_no_teacher(tiny_sd: Path) -> None:
 
 
 def test_eps_at_pure_noise_is_refused(tmp_path: Path) -> None:
-    from tests.tiny import build_sd
-
     model = LatentDiffusion.load(build_sd(tmp_path / "sd", "epsilon", zero_snr=True))
     with pytest.raises(UserError, match="pure noise"):
         prepare_student(model, ConsistencyConfig(), False)

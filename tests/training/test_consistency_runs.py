@@ -23,7 +23,6 @@ from diffkit.objectives.consistency_config import ConsistencyConfig
 from diffkit.training.consistency import ConsistencyTraining
 from tests.training.test_denoising_runs import rows
 
-
 LORA = ("--lora-rank", 2)
 
 
