@@ -48,7 +48,7 @@ from diffkit.perceptual.decoded import check_decoder
 from diffkit.randomness import SampleKeys
 from diffkit.rewards.latent_clip import LatentClip
 from diffkit.rewards.proxies import load_proxy, new_tap_proxy
-from diffkit.rewards.proxy import LatentProxy
+from diffkit.rewards.proxy import LatentProxy, Told
 from diffkit.rewards.refit import RunningMedian
 
 __all__ = ["RewardGuidedObjective", "distinct_names", "prompts_of"]
@@ -139,14 +139,14 @@ class RewardGuidedObjective(ConsistencyObjective):
         if self.pictures is not None and not reward.proxied:
             weights = {name: weight for name, (_, weight) in self.pictures.rewards.items()}
         self._weights = GradientShare(MAIN, reward.shares(weights))
-        self._student = RewardedPlayer(
-            model.denoiser, config, self._perceptual, self._weights, self.pictures, self.proxy
-        )
         if reward.mode == "proxy":
             assert self.proxy is not None and self.pictures is not None
             self.proxy.lock()
             options = self.median, reward.smooth_real
             self._refit = ProxyPlayer(self.proxy, self.pictures, *options)
+        score = None if self.proxy is None else self._scored
+        given = model.denoiser, config, self._perceptual
+        self._student = RewardedPlayer(*given, self._weights, self.pictures, score)
 
     def _picture_rewards(self, rewards: Sequence[WeightedReward]) -> PictureRewards:
         config, codec = self.reward, self.model.codec
@@ -260,5 +260,20 @@ class RewardGuidedObjective(ConsistencyObjective):
             named["embedded"] = self.pictures.embed(draws.prompts)
         if self.proxy is not None:
             named["told"] = told = self.proxy.told(draws.prompts, shared.cond)
-            named["text"] = self.proxy.embed_text(told)
+            named["text"] = self._text(told)
         return RewardShared(**named)
+
+    def _text(self, told: Told) -> Tensor:
+        assert self.proxy is not None
+        if self._refit is None:
+            return self.proxy.embed_text(told)
+        features: Tensor = self._refit("text", None, told)
+        return features
+
+    def _scored(self, latents: Tensor, told: Told, text: Tensor | None) -> Tensor:
+        """S (B,) of latents, see `LatentProxy.forward`."""
+        assert self.proxy is not None
+        given = latents, told, text
+        value: Tensor
+        value = self.proxy(*given) if self._refit is None else self._refit("value", None, given)
+        return value

@@ -47,6 +47,8 @@ __all__ = [
 MAIN = "lcd"
 """Name of the distillation loss among the losses of the estimate."""
 
+Score = Callable[[Tensor, Told, Tensor | None], Tensor]
+
 _REAL = 2
 """Place of the real picture among the candidates."""
 
@@ -121,7 +123,7 @@ class RewardedPlayer(ConsistencyPlayer):
         denoiser, config, perceptual: see `ConsistencyPlayer`.
         weights: of the losses; None for plain distillation.
         pictures: rewards of decoded estimates, or else
-        proxy: S.
+        score: S of latents, what the proxy is told, and text features.
     """
 
     def __init__(
@@ -131,12 +133,12 @@ class RewardedPlayer(ConsistencyPlayer):
         perceptual: nn.Module | None,
         weights: GradientShare | None,
         pictures: PictureRewards | None,
-        proxy: LatentProxy | None,
+        score: Score | None,
     ) -> None:
         super().__init__(denoiser, config, perceptual)
         self.weights = weights
         self.pictures = pictures
-        self._proxy = (proxy,)  # in a tuple: the other player's, not a part of this one
+        self._score = (score,)  # in a tuple: the other player's, not a part of this one
         self._rewarded: Callable[..., dict[str, Any]] = uncompiled(self._with_rewards)
 
     def losses(
@@ -176,18 +178,18 @@ class RewardedPlayer(ConsistencyPlayer):
         self, shared: RewardShared, found: Found
     ) -> tuple[list[Callable[..., Tensor]], int | None]:
         """The losses -a R of the estimate, and how many samples of them run at once."""
-        proxy = self._proxy[0]
-        if proxy is None:
+        score = self._score[0]
+        if score is None:
             assert self.pictures is not None
             return [*self.pictures.losses(found)], self.pictures.chunk
-        return [partial(_by_proxy, proxy, shared, found)], None
+        return [partial(_by_proxy, score, shared, found)], None
 
 
 def _by_proxy(
-    proxy: LatentProxy, shared: RewardShared, found: Found, z: Tensor, factor: Tensor, *_: Tensor
+    score: Score, shared: RewardShared, found: Found, z: Tensor, factor: Tensor, *_: Tensor
 ) -> Tensor:
     assert shared.told is not None
-    value = proxy(z, shared.told, shared.text)
+    value = score(z, shared.told, shared.text)
     found.note("proxy", value)
     return -factor * value
 
@@ -203,6 +205,8 @@ def _square(loss: Tensor, x: Tensor) -> Tensor:
 class ProxyPlayer(nn.Module):
     """A proxy with the loss of its refit; the student's step of the same samples comes before.
 
+    forward("text", None, told) -> its features of prompts, (B, D);
+    forward("value", None, (z, told, text)) -> S (B,);
     forward("refit", draws, shared) -> each (B,), or a pair of which the ratio of sums counts:
 
     - "loss": the KL of all pairs of candidates, see `pair_kl`;
@@ -232,8 +236,16 @@ class ProxyPlayer(nn.Module):
         self.real = _REAL if smooth_real else None
         self._judged: Callable[..., Tensor] = uncompiled(self._judge)
 
-    def forward(self, phase: str, draws: RewardDraws, shared: RewardShared) -> dict[str, Any]:
-        """The loss of the fitted rows and what is logged of them; see above."""
+    def forward(self, phase: str, draws: Any, shared: Any) -> Any:
+        """What is asked of the proxy; see above. It has to be asked here where it is sharded."""
+        if phase == "text":
+            return self.proxy.embed_text(shared)
+        if phase == "value":
+            return self.proxy(*shared)
+        return self._fitted(draws, shared)
+
+    def _fitted(self, draws: RewardDraws, shared: RewardShared) -> dict[str, Any]:
+        """The loss of the fitted rows and what is logged of them."""
         rows, count = draws.fitted, len(shared.z0)
         assert shared.told is not None
         candidates = shared.candidates.stacked(shared.z0, rows)

@@ -34,18 +34,18 @@ class LatentProxy(nn.Module, ABC):
     layers train is a list, `unlocked`; `lock` switches the gradients of all others off, for good.
 
     Attributes:
-        log_scale: logarithm of the inverse temperature, trained.
+        log_scale: (1,), logarithm of the inverse temperature, trained. FSDP shards no scalars.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     @property
     def logit_scale(self) -> Tensor:
-        """exp(log_scale), at most 100 as in CLIP; the bound does not hold its gradient back."""
+        """exp(log_scale) (), at most 100 as in CLIP; the bound does not hold its gradient back."""
         over = torch.relu(self.log_scale - _MOST).detach()
-        return (self.log_scale - over).exp()
+        return (self.log_scale - over).exp().squeeze(0)
 
     @abstractmethod
     def told(self, prompts: Sequence[str], cond: Conditioning) -> Told:

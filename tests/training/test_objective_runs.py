@@ -23,6 +23,7 @@ from diffkit.cli import main
 from diffkit.training.configfile import load
 from diffkit.training.registry import METHODS
 from tests.data.pairs import pair_folder
+from tests.data.trajectory_folder import build
 from tests.training.test_denoising_runs import rows
 from tests.training.test_processes import launch
 
@@ -36,6 +37,16 @@ DPO = (*PREFERENCE, "--preference.kappa", 100)
 ADAPTIVE = (*DPO, "--preference.loss", "adaptive_dpo", "--adaptive.warmup-steps", 2)
 ADAPTIVE += ("--adaptive.margin", "quadratic")
 LORA = ("--lora-rank", 2)
+GRID = ("--lcd.solver-steps", 10, "--lcd.guidance-min", 1, "--lcd.guidance-max", 3)
+GRID += ("--lcd.diversity-every", 2)
+LCD = ("lcd", *GRID)
+BOTH = ("--reward.rewards", "embedded:1,embedded@8:0.5")
+DIRECT = ("rg_lcd", *GRID, *BOTH, "--reward.weighting", "alpha")
+REFIT = ("rg_lcd", *GRID, *BOTH, "--reward.mode", "proxy", "--reward.refit-rate", "1e-3")
+REFIT += ("--reward.refit-every", 2, "--reward.refit-share", 0.6, "--reward.smooth-real")
+GAN = ("gan", "--gan.regression", "mse", "--gan.warmup", 2, "--gan.r1-every", 2, "--gan.gamma", 9)
+GAN += ("--gan.diversity-every", 2)
+TAPS = ("proxy_reward", "--proxy.network", "taps", "--proxy.group", 2)
 CASES = {
     "lpl": LPL,
     "lpl, lora": (*LPL, *LORA, "--lpl.memory", "low"),
@@ -47,13 +58,29 @@ CASES = {
     "dpo, lora": (*DPO, *LORA, "--preference.anchor", 0.05),
     "alpha": (*DPO, "--preference.loss", "alpha_dpo", "--preference.drift-limit", 2),
     "simpo": (*PREFERENCE, "--preference.loss", "simpo", "--preference.pixel", "simpo"),
+    "lcd": (*LCD, "--ema", 0.9),
+    "lcd, lora": (*LCD, *LORA),
+    "reward": DIRECT,
+    "reward, lora": (*DIRECT, *LORA),
+    "refit": REFIT,
+    "refit, lora": (*REFIT, *LORA),
+    "proxy": TAPS,
+    "gan": (*GAN, "--ema", 0.9),
+    "gan, lora": (*GAN, *LORA, "--gan.discriminator", "ladd"),
+    "dmd": (*GAN, "--gan.dmd", "--dmd.updates", 2, "--gan.r1", "approximate"),
 }
 STATES = {
     "lpl": {"lpl"},
     "pixel": {"calibration"},
     "adaptive": {"annotator_slow", "annotator_fast", "preference"},
+    "lcd": {"target", "diversity"},
+    "lcd, lora": {"diversity"},
+    "gan": {"gan", "diversity"},
+    "reward": {"target", "diversity", "shares"},
+    "refit": {"target", "diversity", "shares", "temperature"},
 }
 FAST = ("lpl", "pixel", "adaptive")
+KILLED = (*FAST, "lcd", "reward", "refit", "gan")
 # Adaptive-DPO magnifies what the model learnt to order one, with the rounding in it, which depends
 # on the split. A new LoRA says too little for that; all weights do at a large rate, at which in
 # turn the other losses magnify it. So does the sign of what a new LoRA says, the accuracy.
@@ -75,18 +102,26 @@ def pairs(tmp_path_factory):
     return pair_folder(tmp_path_factory.mktemp("pairs"), 7, ((32, 32), (40, 32)))
 
 
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory):
+    """Ten noise-image pairs of the tiny model's kind."""
+    return build(tmp_path_factory.mktemp("trajectories") / "pairs")
+
+
 @pytest.fixture
-def words(pictures, pairs, tmp_path, tiny_folder):
+def words(pictures, pairs, trajectories, tmp_path, tiny_folder):
     """(name of a case, output, more flags) -> the words after `diffkit train`."""
 
     def words(case, output, *more):
         method, *own = CASES[case]
-        data = pairs if method == "preference" else pictures
+        data = {"preference": pairs, "gan": trajectories}.get(method, pictures)
         found = [method, "--model", tiny_folder("sd-v"), "--data", data, "--tracker", "none"]
         found += ["--output", tmp_path / output, "--batch-size", 4, "--max-steps", 6]
         found += ["--learning-rate", "1e-3", "--warmup-steps", 0, "--checkpoint-every", 3]
-        found += ["--flip", "--seed", 3, *own, *more]
-        return [str(word) for word in found]
+        found += ["--seed", 3, *own, *more]
+        # Trajectories are latents as they are.
+        found += [] if method == "gan" else ["--flip"]
+        return [str(w) for w in found if (method, w) != ("gan", "--cache-latents")]
 
     return words
 
@@ -95,7 +130,9 @@ def tensors(folder):
     """Everything that the last checkpoint and the result hold, by file and name."""
     last = sorted((folder / "checkpoints").iterdir())[-1]
     results = [
-        path for name in ("model", "lora") for path in (folder / name).rglob("*.safetensors")
+        path
+        for name in ("model", "lora", "proxy")
+        for path in (folder / name).rglob("*.safetensors")
     ]
     files = [*sorted(last.glob("*.safetensors")), *sorted(results)]
     return {(f.parent.name, f.name, name): t for f in files for name, t in load_file(f).items()}
@@ -118,7 +155,7 @@ def assert_close(one, other):
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"loss_by_time"}:
-            near = 1e-3 if key == "grad_norm" else 1e-4
+            near = 1e-3 if key.endswith("grad_norm") else 1e-4
             expected = a[key] if a[key] is None else pytest.approx(a[key], rel=near, abs=1e-5)
             assert b[key] == expected, (a["step"], key)
     left, right = tensors(one), tensors(other)
@@ -172,7 +209,7 @@ def start(words):
 
 
 @SLOW
-@pytest.mark.parametrize("case", FAST)
+@pytest.mark.parametrize("case", KILLED)
 def test_killed_and_resumed_is_uninterrupted(case, words, tmp_path):
     flags = ("--max-steps", 24, "--checkpoint-every", 5, "--log-every", 1)
     flags += ("--learning-rate", "1e-4")
@@ -214,5 +251,6 @@ def test_a_dry_run_writes_nothing(case, words, tmp_path, capsys):
     assert main(["train", *words(case, "out", "--dry-run")]) == 0
     assert sorted(tmp_path.rglob("*")) == before
     said = capsys.readouterr().out
-    counted = "pairs: 7 (1.8 steps an epoch)" if "preference" in CASES[case] else "pictures: 14"
+    counted = {"preference": "pairs: 7 (1.8 steps", "gan": "pairs: 10 (2.5 steps"}
+    counted = counted.get(CASES[case][0], "pictures: 14")
     assert counted in said and "one step, measured without caches" in said

@@ -132,3 +132,9 @@ def test_networks_are_sharded_block_by_block(model, blocks, tiny_folder):
     codes, said = launch(2, ["-m", "tests.training.blocks", tiny_folder(model)])
     assert codes == [0, 0], said
     assert all(f"FSDP{block}" in said for block in blocks)
+
+
+@pytest.mark.slow
+def test_sharded_students_ask_sharded_proxies(tiny_folder):
+    codes, said = launch(2, ["-m", "tests.training.sharded_reward", tiny_folder("sd-v")])
+    assert codes == [0, 0], said
