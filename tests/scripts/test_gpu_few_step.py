@@ -16,6 +16,7 @@ def setting(tmp_path: Path) -> gpu_check.Setting:
     return gpu_check.Setting("cpu", "tiny", tmp_path / "scratch", steps=2)
 
 
+@pytest.mark.slow
 def test_trajectories_are_made_and_made_anew(setting: gpu_check.Setting, tmp_path: Path) -> None:
     passed = gpu_check.run_section("trajectories", setting, tmp_path)
     result = read_json(tmp_path / "trajectories.json")

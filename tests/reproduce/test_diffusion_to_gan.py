@@ -1,0 +1,189 @@
+"""The experiment of one-step students: its measures, one cell at tiny size, its tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusion_to_gan
+import pytest
+import torch
+from diffkit.assets import path
+from diffusion_to_gan import (
+    ALONE,
+    ARMS,
+    BARE,
+    BEST,
+    EXPERIMENT,
+    FULL,
+    LADDER,
+    LPL,
+    MEANING,
+    MSE,
+    ON,
+    TEACHERS,
+    asked_of,
+)
+from matplotlib.figure import Figure
+from runner.experiment import Cell, Experiment, Results
+from runner.pairs import pair_folder
+from runner.students import Asked, Judge, encoded_strip, strip
+
+from diffkit.data.trajectories import TrajectoryData
+from diffkit.data.trajectory_store import read_header
+from diffkit.files import read_jsonl
+from diffkit.models.feature_network import FeatureNetwork
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.objectives.diffusion_gan_config import GanConfig
+
+EMBEDDED = path("model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every twelfth picture of the sample."""
+    folder = tmp_path_factory.mktemp("emoji")
+    rows = read_jsonl(path("sample") / "metadata.jsonl")[::24]
+    for row in rows:
+        (folder / row["file_name"]).symlink_to(path("sample") / row["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    """Two steps of two pairs; the generator hears of the discriminator in the second."""
+    few = {"steps": 2, "batch_size": 2}
+    arms = {}
+    for arm, values in ARMS.items():
+        gan = dict(values.get("gan", {}))
+        if gan and gan.get("discriminator") != "none" or arm == FULL:
+            gan["warmup"] = 1
+        arms[arm] = {**values, **({"gan": gan, **few} if "gan" in values else {})}
+    pairs = {"count": 4, "seed": 0, "steps": 2, "guidance": 2.0}
+    return replace(
+        EXPERIMENT,
+        arms=arms,
+        settings={**EXPERIMENT.settings, "pairs": pairs, "warmup_steps": 1},
+        scoring={**EXPERIMENT.scoring, "noises": 2, "shown": 2},
+        work=tmp_path,
+    )
+
+
+def test_every_arm_is_a_configuration(tmp_path: Path) -> None:
+    for arm, values in ARMS.items():
+        if "gan" not in values:
+            continue
+        start = tmp_path / "student" if "start" in values else EMBEDDED
+        cell = EXPERIMENT.cell(arm, 0)
+        config = diffusion_to_gan.configuration(cell, tmp_path, EMBEDDED, start)
+        config.check()
+        opposed = config.gan.discriminator != "none"
+        assert (config.gan.teacher is not None) == (opposed and "start" in values)
+    assert set(MEANING) | set(TEACHERS) == set(ARMS)
+    assert all(values.get("start") in (None, BEST, MSE) for values in ARMS.values())
+
+
+def test_captions_are_concepts_and_looks(data: Path) -> None:
+    asked = asked_of(data)
+    assert len({one.caption for one in asked}) == len(asked)
+    assert all((one.concept is None) != (one.style is None) for one in asked)
+    concept, look = asked[0], asked[-1]
+    assert concept.concept == concept.caption
+    assert look.caption == f"{look.style} style, {look.caption.split(', ')[1]}"
+
+
+@pytest.mark.slow
+def test_the_teachers_own_end_points_are_without_fault(data: Path, tmp_path: Path) -> None:
+    """And their mirror images are as detailed and diverse, and not where they should be."""
+    asked = [Asked("red apple", "red apple"), Asked("noto style, white background", None, "noto")]
+    words: dict[str, Any] = {"count": 4, "seed": 1, "steps": 2, "guidance": 2.0}
+    folder = pair_folder(tmp_path / "held", EMBEDDED, [one.caption for one in asked], **words)
+    assert pair_folder(folder, EMBEDDED, [], **words) == folder  # whole, so not made again
+    assert read_header(folder).steps == 2
+    held = TrajectoryData(folder, batch_size=1, seed=0).pairs(range(4))
+    network = FeatureNetwork.load(path("features"))
+    judge = Judge(held, asked, data, LatentDiffusion.load(EMBEDDED), network)
+    own = judge.scores(held.latents, judge.pictures)
+    assert own["energy"] == own["diversity"] == 1
+    assert own["latent_error"] == own["perceptual"] == 0
+    assert own["concept"] in (0, 0.5, 1) and own["style"] == 1  # the only one that is asked for
+    mirrored = judge.scores(held.latents.flip(-1), judge.pictures.flip(-1))
+    assert mirrored["energy"] == pytest.approx(1, rel=0.05)  # the window is not its own mirror
+    assert mirrored["diversity"] == pytest.approx(1)
+    assert mirrored["latent_error"] > 0.01 and mirrored["perceptual"] > 0.01
+    grey = judge.scores(torch.zeros_like(held.latents), torch.zeros_like(judge.pictures))
+    assert grey["energy"] == grey["diversity"] == 0 and grey["kernel"] > own["kernel"]
+
+
+def test_strips_of_pictures_survive_their_text() -> None:
+    colours = torch.tensor([[1.0, -1.0, -1.0], [-1.0, 1.0, 0.0]])
+    images = colours[:, :, None, None].expand(2, 3, 16, 16)
+    pixels = strip(encoded_strip(images))
+    assert pixels.shape == (16, 32, 3)
+    expected = torch.tensor([[255, 0, 0], [0, 255, 128]])
+    found = torch.tensor(pixels[8, [8, 24]].astype(int))
+    assert (found - expected).abs().max() < 12
+
+
+@pytest.mark.slow
+def test_tiny_cells(experiment: Experiment, data: Path) -> None:
+    """The whole method trains what it starts from, which its own cell then only measures."""
+
+    def made(cell: Cell) -> dict[str, Any]:
+        return diffusion_to_gan.make(cell, data, EMBEDDED, experiment)
+
+    full = made(experiment.cell(FULL, 0))
+    assert full["n"] == 2 * len(asked_of(data)) and full["device"] == "cpu"
+    assert {"run generator/loss", "run discriminator/accuracy"} <= set(full)
+    first = experiment.cell(BEST, 0)
+    log = first.work / "run" / "metrics.jsonl"
+    before = log.read_bytes()
+    values = made(first)
+    assert log.read_bytes() == before and strip(values["pictures"]).shape == (64, 128, 3)
+    assert values["latent_error"] > 0 and json.loads(json.dumps(values)) == values
+    bare = made(experiment.cell(BARE, 0))
+    assert "run loss" not in bare and bare["energy"] > 0
+
+
+def known() -> Results:
+    """Results in which E-LatentLPIPS is 0.1 ahead and the whole method 0.05 more."""
+    strips = encoded_strip(torch.zeros(2, 3, 8, 8))
+    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    for arm in ARMS:
+        for seed in EXPERIMENT.fewer.get(arm, EXPERIMENT.seeds):
+            kernel = 0.2 if arm == BEST else 0.15 if arm == FULL else 0.3
+            kernel = 0.19 if arm == ON else kernel
+            values = {measure.key: 0.5 for measure in diffusion_to_gan.MEASURES}
+            values |= {"energy": 0.2 if arm == MSE else 0.9, "kernel": kernel + 0.001 * seed}
+            cells[arm, seed] = {"n": 4, "device": "cuda", "pictures": strips, **values}
+    return Results(cells)
+
+
+def test_the_tables_say_what_the_results_say() -> None:
+    lines = diffusion_to_gan.text(known()).splitlines()
+    rows = {arm: [line for line in lines if line.startswith(f"| {arm} | ")] for arm in ARMS}
+    assert all(len(rows[arm]) == 1 for arm in ARMS if arm not in TEACHERS)
+    assert rows[MSE][0].startswith("| MSE | 3 | 0.3010 | 50.0% | 50.0% | 0.200 |")
+    assert rows[MSE][0].endswith("| +0.1000 [+0.1000, +0.1000] |")
+    assert rows[BEST][0].endswith("|  |") and rows[LPL][0].startswith(f"| {LPL} | 1 |")
+    said = "\n".join(lines)
+    assert f"{BEST} has the least kernel distance, {MSE} the least power" in said
+    assert "kernel distance is less: -0.0400 [-0.0400, -0.0400]" in said
+    assert "Made on cuda." in said
+
+
+def test_the_figure_is_drawn_from_results_alone() -> None:
+    figure = Figure()
+    diffusion_to_gan.draw(known(), figure)
+    assert len(figure.axes) == 4
+    diffusion_to_gan.draw(Results({}), Figure())
+
+
+def test_the_ladder_adds_one_thing_at_a_time() -> None:
+    steps = [vars(GanConfig(**values["gan"])) for arm, values in LADDER.items() if arm != ON]
+    for a, b in zip(steps[:-1], steps[1:], strict=True):
+        assert len([name for name in a if a[name] != b[name]]) == 1
+    assert ARMS[ON]["gan"] == ALONE
