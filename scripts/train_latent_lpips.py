@@ -158,7 +158,7 @@ def flags() -> argparse.ArgumentParser:
     add("--target", default="embedded", help="embedded, lpips:vgg, lpips:vgg:FILE, lpips:alex...")
     add("--bapps", type=Path, help="folder of 2AFC triples, for --heads people")
     add("--pairs", type=int, default=2000, help="spoilt pictures for the heads")
-    add("--prior", type=float, default=0.1, help="pull of the heads to a common weight")
+    add("--prior", type=float, default=0.01, help="pull of the heads to a common weight")
     add("--epochs", type=int, default=10, help="over the triples")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")

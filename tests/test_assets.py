@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from diffkit.assets import path
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from diffkit.data.check import check
+from diffkit.data.transforms import to_float
 from diffkit.errors import UserError
 from diffkit.evaluation.metrics.captions import background_of
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
 from diffkit.models.text_image_scorer import TextImageScorer
+from diffkit.perceptual.latent_lpips_io import load_latent_lpips
 from diffkit.randomness import normal
 
 CAPTIONS = [
@@ -63,6 +67,20 @@ def test_the_text_encoder_is_the_scorers():
     ours = model.conditioner.encoders["text_encoder"].state_dict()
     theirs = scorer.text_encoder.state_dict()
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in ours)
+
+
+def test_the_distance_of_latents_knows_which_is_nearer():
+    """Of a caption's own latents, those with a little noise; another picture is further."""
+    network = load_latent_lpips()
+    model = LatentDiffusion.load("embedded")
+    assert network.config.channels == model.codec.channels
+    files = sorted(path("sample").glob("*-noto-blue.png"))[:4]
+    images = to_float([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    with torch.no_grad():
+        latents = model.codec.encode(images)
+    noisy = [latents + s * normal(latents.shape, 0, "noise") for s in (0.1, 0.5)]
+    near, far, other = (network.distance(latents, x) for x in (*noisy, latents.roll(1, 0)))
+    assert (near > 0).all() and (near < far).all() and (far < other).all()
 
 
 def test_the_sample_is_a_training_folder():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["eager", "eager_sum", "eager_terms", "uncompiled"]
+__all__ = ["eager", "eager_sum", "eager_terms", "uncompiled", "without_autocast"]
 
 Terms = tuple[Tensor, ...]
 P = ParamSpec("P")
@@ -183,12 +183,13 @@ def _with_gradient(function: Callable[..., Terms], part: tuple[Any, ...]) -> tup
     with torch.enable_grad():
         terms = function(start, *part[1:])
         total = terms[0].sum()
-    with _without_autocast(start.device.type):
+    with without_autocast(start.device.type):
         (grad,) = torch.autograd.grad(total, start)
     return tuple(term.detach() for term in terms), grad
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """No autocast on devices of this type; nothing where there is none, as on "meta"."""
     # Within it some backward operations (products of attention) would be cast down anew, whatever
     # the dtype of the forward ones.
     if not torch.amp.is_autocast_available(device):  # meta

@@ -64,11 +64,12 @@ def trunk_distance(trunk: ImageTrunk, x: Tensor, y: Tensor) -> Tensor:
 
 
 def fit_heads(rows: Tensor, targets: Tensor, prior: float = 0.0, sweeps: int = 2000) -> Tensor:
-    """w >= 0 that minimises |m w - t|^2 / N + prior sum_k v_k (w_k - u)^2: (K,) float64.
+    """w >= 0 that minimises |m w - t|^2 / N + prior v sum_k (w_k - u)^2: (K,) float64.
 
-    u is the best common weight of all channels and v_k = mean m_k^2: plain least squares leaves
-    few channels above 0, and a distance with few channels has many directions that it does not see.
-    Solved by coordinate descent on the normal equations, up to a relative step of 1e-9.
+    u is the best common weight of all channels and v = mean of sum_k m_k^2. Plain least squares
+    leaves few channels above 0, and gives those that hardly move enormous weights; a distance with
+    few channels has many directions that it does not see. Channels that never move keep u. Solved
+    by coordinate descent on the normal equations, up to a relative step of 1e-9.
 
     Arguments:
         rows: m, (N, K).
@@ -80,9 +81,11 @@ def fit_heads(rows: Tensor, targets: Tensor, prior: float = 0.0, sweeps: int = 2
     gram, right = m.T @ m / len(m), m.T @ t / len(m)
     summed = m.sum(1)
     common = (summed @ t / summed.square().sum()).clamp_min(0)
-    size = gram.diagonal().clamp_min(1e-300)
-    gram = gram + prior * torch.diag(size)
-    right = right + prior * size * common
+    size = gram.diagonal().sum()
+    # What is there of a channel that never moves, so that it has a weight without a prior too.
+    pull = max(prior, 1e-14) * size
+    gram = gram + pull * torch.eye(len(gram), dtype=gram.dtype)
+    right = right + pull * common
     w = torch.full_like(right, float(common))
     slope, diagonal = gram @ w - right, gram.diagonal()
     for _ in range(sweeps):

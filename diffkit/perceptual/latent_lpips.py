@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkit.errors import UserError
+from diffkit.models.eager import without_autocast
 from diffkit.perceptual.latent_augment import Augmentation, check_kinds, draw
 from diffkit.randomness import SampleKeys
 
@@ -181,7 +181,7 @@ class LatentLpips(nn.Module):
         x = latents.to(weight.dtype)
         if x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             features: list[Tensor] = self.trunk(x)
         return features
 
@@ -230,7 +230,7 @@ def e_latentlpips(
             latents as they are.
     """
     a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
-    with _without_autocast(a.device.type):
+    with without_autocast(a.device.type):
         pair = (a, b) if augmentation is None else augmentation.apply(a, b)
         value = network.distance(*pair)
         if l1_weight:
@@ -276,7 +276,3 @@ class ELatentLpips(nn.Module):
     def forward(self, a: Tensor, b: Tensor, augmentation: Augmentation) -> Tensor:
         """`distance` in the shape of other LPIPS networks, (B, 1, 1, 1)."""
         return self.distance(a, b, augmentation)[:, None, None, None]
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False)

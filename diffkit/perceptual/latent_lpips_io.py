@@ -65,14 +65,18 @@ def load_latent_lpips(
 def save_latent_lpips(
     network: LatentLpips, folder: str | os.PathLike[str], *, overwrite: bool = False
 ) -> None:
-    """Write `config.json` and `model.safetensors`: weights in float16, statistics in float32.
+    """Write `config.json` and `model.safetensors`: the trunk in float16, the rest in float32.
 
     Raises `UserError` when `folder` exists and `overwrite` is false.
     """
     with atomic_directory(folder, overwrite=overwrite) as place:
         text = json.dumps(asdict(network.config), indent=1, ensure_ascii=False)
         (place / "config.json").write_text(text + "\n", encoding="utf-8")
-        save_file(half_parameters(network), place / "model.safetensors")
+        state = half_parameters(network)
+        for name in state:
+            if name.startswith("heads."):  # whose range float16 may not have
+                state[name] = network.get_parameter(name).detach().cpu().float().contiguous()
+        save_file(state, place / "model.safetensors")
 
 
 # -- published formats --------------------------------------------------------------------------

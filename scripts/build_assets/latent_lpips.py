@@ -52,11 +52,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(".build/latent_lpips"))
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--prior", type=float, default=0.3)
     args = parser.parse_args()
     heldout = args.data.with_name(args.data.name + "-heldout")
     settings = {"data": args.data, "validation": heldout, "output": args.output}
-    settings |= {"steps": args.steps, "prior": args.prior, "pairs": 2000}
+    settings |= {"steps": args.steps}
     words = [f"--{key}={value}" for key, value in settings.items()]
     subprocess.run([sys.executable, SCRIPT, *words, "--overwrite"], check=True)
     network, metrics = load_latent_lpips(args.output), read_json(args.output / "metrics.json")

@@ -120,7 +120,8 @@ def test_selection() -> None:
     assert not everything.named
     assert Selection.parse(("all",)) == everything
     chosen = Selection.parse(("pairs", "frechet", "cost"))
-    assert [metric.name for metric in chosen.metrics] == ["frechet", "psnr", "ssim", "lpips"]
+    pairs = ["psnr", "ssim", "latent_lpips", "lpips"]
+    assert [metric.name for metric in chosen.metrics] == ["frechet", *pairs]
     assert chosen.named == {"frechet", "cost"}
     assert Selection.parse(("cost",)).metrics == ()
     assert chosen.uses("lpips")

@@ -19,6 +19,7 @@ from diffkit.perceptual.latent_lpips import (
     e_latentlpips,
     unit_features,
 )
+from diffkit.perceptual.latent_lpips_io import load_latent_lpips
 
 SIDES = {16: (16, 16, 16, 8, 4), 64: (64, 64, 64, 32, 16)}
 
@@ -175,3 +176,10 @@ def test_the_ensemble_closes_the_null_directions(layout) -> None:
         net = network(layout, seed=seed)
         plain, ensemble = (overfit(net, kinds, seed) for kinds in ("", "bg"))
         assert ensemble < 0.5 * plain and ensemble < 1
+
+
+@pytest.mark.slow
+def test_the_embedded_network_does_so_too() -> None:
+    net = load_latent_lpips()
+    plain, ensemble = (overfit(net, kinds, seed=0) for kinds in ("", net.config.augmentation))
+    assert ensemble < 0.3 and ensemble < 0.5 * plain

@@ -155,7 +155,7 @@ class _Common:
         label: as a person reads it, without the network's name; see `title`.
         better: which direction is better, None where neither is as such.
         needs: of "prompts", "reference", "against" (inputs) and "features", "scorer", "classifier",
-            "lpips", "reward:SPEC" (networks).
+            "latent_lpips", "lpips", "reward:SPEC" (networks).
         about: one sentence for the page: what the number says.
         refuse: why it cannot be computed here though its inputs are there, or None.
         inception_label: what it may be called on Inception features only.

@@ -10,7 +10,7 @@ from diffkit.evaluation.metrics.tools import Toolbox
 from diffkit.perceptual import pixels
 from diffkit.perceptual.spectra import high_frequency_energy
 
-__all__ = ["HIGH_FREQUENCY", "LPIPS", "PSNR", "SSIM"]
+__all__ = ["HIGH_FREQUENCY", "LATENT_LPIPS", "LPIPS", "PSNR", "SSIM"]
 
 
 def high_frequency(batch: SampleBatch, tools: Toolbox) -> Tensor:
@@ -33,6 +33,12 @@ def lpips(batch: SampleBatch, tools: Toolbox) -> Tensor:
     with torch.no_grad():
         values: Tensor = tools.lpips(batch.images, _other(batch))
     return values.reshape(-1).float().cpu()
+
+
+def latent_lpips(batch: SampleBatch, tools: Toolbox) -> Tensor:
+    """LatentLPIPS (B,) on the embedded model's latents, Kang et al. 2024, without augmentation."""
+    values: Tensor = tools.latent_lpips(batch.images, _other(batch))
+    return values.float().cpu()
 
 
 def _other(batch: SampleBatch) -> Tensor:
@@ -83,4 +89,13 @@ LPIPS = SampleMetric(
     "How different the pictures of both sets from the same noise look to a network; 0 is equal.",
     refuse=_no_lpips,
     run=lpips,
+)
+LATENT_LPIPS = SampleMetric(
+    "latent_lpips",
+    "LatentLPIPS to the other set's picture",
+    "lower",
+    frozenset({"against", "latent_lpips"}),
+    "How different the latents of both sets' pictures from the same noise look to a network that "
+    "learnt on pictures of the embedded model's kind, and says little about others; 0 is equal.",
+    run=latent_lpips,
 )

@@ -31,6 +31,7 @@ METRICS: dict[str, Metric] = {
         pixels.HIGH_FREQUENCY,
         pixels.PSNR,
         pixels.SSIM,
+        pixels.LATENT_LPIPS,
         pixels.LPIPS,
     )
 }
@@ -39,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "quality": ("frechet", "kernel", "precision", "recall", "density", "coverage"),
     "text": ("alignment", "retrieval", "concept", "style", "background"),
     "variety": ("diversity", "vendi"),
-    "pairs": ("psnr", "ssim", "lpips"),
+    "pairs": ("psnr", "ssim", "latent_lpips", "lpips"),
     "all": tuple(METRICS),
 }
 

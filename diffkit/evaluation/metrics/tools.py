@@ -8,20 +8,21 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffkit.errors import UserError
 from diffkit.evaluation.extractors import EMBEDDED_RESIZE
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.fingerprint import fingerprint_module
 from diffkit.models.text_image_scorer import TextImageScorer
+from diffkit.perceptual.latent_lpips_pictures import PictureLatentLpips, load_embedded
 from diffkit.perceptual.lpips import load_lpips, lpips_name
 from diffkit.rewards.base import Reward
 from diffkit.rewards.spec import load_reward
 
 __all__ = ["NETWORKS", "REWARD", "Scorer", "Toolbox", "load_scorer", "networks"]
 
-NETWORKS = frozenset({"scorer", "classifier", "lpips"})
+NETWORKS = frozenset({"scorer", "classifier", "latent_lpips", "lpips"})
 """What a metric may need of a `Toolbox`, beside rewards."""
 
 REWARD = "reward:"
@@ -75,7 +76,7 @@ def load_scorer(spec: str, device: torch.device) -> Scorer:
 
 
 class Toolbox:
-    """Networks by need: "scorer", "classifier", "lpips", and rewards by their specification.
+    """Networks by need: those of `NETWORKS`, and rewards by their specification.
 
     Arguments:
         device: where they run.
@@ -115,6 +116,11 @@ class Toolbox:
     def lpips(self) -> Any:
         """The LPIPS network."""
         return load_lpips(self.lpips_spec, self.device)
+
+    @cached_property
+    def latent_lpips(self) -> PictureLatentLpips:
+        """The embedded LatentLPIPS network behind the embedded autoencoder."""
+        return load_embedded(self.device)
 
     @cached_property
     def prompt_embeddings(self) -> Tensor:
@@ -157,6 +163,7 @@ class Toolbox:
             return self.scorer.label
         return {
             "classifier": "diffkit feature network",
+            "latent_lpips": "diffkit embedded latents",
             "lpips": lpips_name(self.lpips_spec),
         }[need]
 
@@ -166,7 +173,7 @@ class Toolbox:
             return self.reward(need.removeprefix(REWARD)).resize
         if need == "scorer":
             return self.scorer.resize
-        return {"classifier": EMBEDDED_RESIZE, "lpips": "pictures at their own size"}[need]
+        return EMBEDDED_RESIZE if need == "classifier" else "pictures at their own size"
 
     def key(self, need: str) -> str:
         """A digest of a network's weights: values of another key are not comparable."""
@@ -174,4 +181,5 @@ class Toolbox:
             return self.reward(need.removeprefix(REWARD)).fingerprint()
         if need == "scorer":
             return self.scorer.key
-        return fingerprint_module(self.classifier if need == "classifier" else self.lpips)
+        network: nn.Module = getattr(self, need)
+        return fingerprint_module(network)

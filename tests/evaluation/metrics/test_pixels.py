@@ -5,6 +5,7 @@ from __future__ import annotations
 import lpips
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from diffkit.errors import UserError
@@ -12,6 +13,7 @@ from diffkit.evaluation.metrics.base import SampleBatch
 from diffkit.evaluation.metrics.registry import METRICS
 from diffkit.evaluation.metrics.tools import Toolbox
 from diffkit.evaluation.pictures import to_float
+from diffkit.perceptual.latent_lpips_io import load_latent_lpips
 from diffkit.randomness import integers
 
 PIXELS = integers(0, 256, (3, 3, 32, 32), 0, "pictures").to(torch.uint8)
@@ -94,3 +96,20 @@ def test_lpips_downloads_nothing(tmp_path, monkeypatch):
         Toolbox(lpips=f"alex:{tmp_path / 'w.pth'}").lpips  # noqa: B018
     with pytest.raises(UserError, match="lpips 'squeeze': unknown"):
         Toolbox(lpips="squeeze").lpips  # noqa: B018
+
+
+def test_latent_lpips_needs_no_download():
+    """Of the latents that the embedded autoencoder encodes; odd sides are continued."""
+    tools = Toolbox()
+    images, other = to_float(PIXELS), to_float(255 - PIXELS)
+    found = values("latent_lpips", images, other, tools)
+    network, codec = load_latent_lpips(), tools.latent_lpips.codec
+    with torch.no_grad():
+        expected = network.distance(codec.encode(images), codec.encode(other))
+        continued = F.pad(images[..., :30, :29], (0, 3, 0, 2), "replicate")
+        odd = tools.latent_lpips(images[..., :30, :29], continued[..., :30, :29])
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(odd, torch.zeros(3))
+    assert (found > 0).all()
+    assert values("latent_lpips", images, images, tools).tolist() == [0, 0, 0]
+    assert METRICS["latent_lpips"].title(None, tools).endswith("(diffkit embedded latents)")

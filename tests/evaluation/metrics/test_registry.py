@@ -24,7 +24,7 @@ def names(metrics) -> tuple[str, ...]:
 
 
 def test_names_and_groups_are_chosen_once_and_in_order():
-    assert names(select(["psnr", "pairs", "frechet"])) == ("frechet", "psnr", "ssim", "lpips")
+    assert names(select(["psnr", "pairs", "frechet"])) == ("frechet", *GROUPS["pairs"])
     assert names(select([])) == names(select(["all"])) == tuple(METRICS)
     with pytest.raises(UserError, match=r"--metrics fid: unknown\. Metrics: frechet.*quality"):
         select(["fid"])

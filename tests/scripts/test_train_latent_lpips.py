@@ -1,0 +1,114 @@
+"""The training of LatentLPIPS networks: words of captions, spoilt pictures, and one whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_latent_lpips
+from diffkit.assets import path
+from latent_metric.corruptions import LATENT_KINDS, PICTURE_KINDS
+from latent_metric.heads import correlation
+from latent_metric.pictures import Pictures
+from PIL import Image
+
+from diffkit.errors import UserError
+from diffkit.files import read_json, write_jsonl
+from diffkit.perceptual.latent_lpips_io import load_latent_lpips
+
+
+def write(file: Path, seed: int, size: int = 64) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+
+
+@pytest.mark.parametrize("kind", [*PICTURE_KINDS.values(), *LATENT_KINDS.values()])
+def test_stronger_is_further(kind) -> None:
+    """Strength 0 leaves all as it is but for JPEG's best quality; more moves further away."""
+    smooth = torch.linspace(-0.6, 0.6, 64)[:, None] * torch.linspace(-1, 1, 64).cos()
+    x = torch.stack([smooth, smooth.T, -smooth]).expand(4, 3, 64, 64).clone()
+    x = x * torch.tensor([1.0, -1.0, 0.5, 0.2]).view(4, 1, 1, 1)
+    errors = []
+    for strength in (0.0, 0.3, 1.0):
+        g = torch.Generator().manual_seed(0)
+        errors.append((kind(x, torch.full((4,), strength), g) - x).square().mean().item())
+    assert errors[0] < 1e-3 and errors[0] < errors[1] < errors[2]
+
+
+def test_words_of_captions_are_classes(tmp_path: Path) -> None:
+    rows = []
+    for i in range(12):
+        write(tmp_path / f"{i}.png", i)
+        words = "a red cat" if i % 2 else "a blue, dog"
+        rows.append({"file_name": f"{i}.png", "text": words + (" once" if i == 0 else "")})
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    pictures = Pictures(tmp_path, 64)
+    assert pictures.classes == ("blue", "cat", "dog", "red")  # not "a", of all; not "once"
+    assert pictures.present[1].tolist() == [0, 1, 0, 1]
+    again = Pictures(tmp_path, 64, classes=("cat", "horse"))
+    assert again.present[1].tolist() == [1, 0]
+
+
+def test_folders_are_classes_and_views_differ(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write(tmp_path / name / "0.png", 0, size=80)
+    pictures = Pictures(tmp_path, 64)
+    assert pictures.classes == ("cat", "dog")
+    assert pictures.present.tolist() == [[1, 0], [0, 1]]
+    views = [pictures.view(0, number, seed=0) for number in range(3)]
+    assert all(view.shape == (64, 64, 3) for view in views)
+    assert (views[1] != views[0]).any() and (views[1] != views[2]).any()
+    assert (views[1] == pictures.view(0, 1, seed=0)).all()
+
+
+def test_pictures_of_which_nothing_is_known_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "0.png", 0)
+    with pytest.raises(UserError, match="class names or captions"):
+        Pictures(tmp_path, 64)
+
+
+def test_correlations() -> None:
+    x = torch.tensor([1.0, 2, 3, 4])
+    assert correlation(x, 2 * x + 1) == 1
+    assert correlation(x, x.exp(), ranks=True) == 1
+    assert correlation(x, -x) == -1
+
+
+def run(output: Path, *words: str) -> dict:
+    small = ["--width", "4", "--views", "1", "--steps", "3", "--pairs", "160", "--batch-size", "8"]
+    arguments = ["--data", str(path("sample")), "--output", str(output), *small, *words]
+    return train_latent_lpips.run(train_latent_lpips.flags().parse_args(arguments))
+
+
+@pytest.mark.slow
+def test_a_network_is_trained_and_saved(tmp_path: Path) -> None:
+    """Three steps on the embedded sample give a distance that knows the stronger corruption."""
+    scores = run(tmp_path / "net")
+    network = load_latent_lpips(tmp_path / "net")
+    assert network.config.channels == 8 and network.config.provenance["autoencoder"] == "embedded"
+    assert all((head >= 0).all() for head in network.heads)
+    assert scores["order"] > 0.8 and read_json(tmp_path / "net" / "metrics.json") == scores
+    with pytest.raises(UserError):
+        run(tmp_path / "net")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", ["order", "people"])
+def test_the_other_heads(tmp_path: Path, heads: str) -> None:
+    words = ["--heads", heads, "--epochs", "2"]
+    if heads == "people":
+        for i in range(6):
+            for j, side in enumerate(("ref", "p0", "p1")):
+                write(tmp_path / "bapps" / side / f"{i:06d}.png", 10 * i + j)
+            (tmp_path / "bapps" / "judge").mkdir(exist_ok=True)
+            np.save(tmp_path / "bapps" / "judge" / f"{i:06d}.npy", np.array([0.2 * (i % 5)]))
+        words += ["--bapps", str(tmp_path / "bapps")]
+    assert run(tmp_path / "net", *words)["order"] > 0.5
+
+
+def test_people_need_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="go together"):
+        run(tmp_path / "net", "--heads", "people")
