@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from latent_metric.pictures import Pictures
 from PIL import Image
 
 from diffkit.errors import UserError
-from diffkit.files import read_json, write_jsonl
+from diffkit.files import read_json
 from diffkit.perceptual.latent_lpips_io import load_latent_lpips
 
 
@@ -44,7 +45,8 @@ def test_words_of_captions_are_classes(tmp_path: Path) -> None:
         write(tmp_path / f"{i}.png", i)
         words = "a red cat" if i % 2 else "a blue, dog"
         rows.append({"file_name": f"{i}.png", "text": words + (" once" if i == 0 else "")})
-    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(lines + "\n")
     pictures = Pictures(tmp_path, 64)
     assert pictures.classes == ("blue", "cat", "dog", "red")  # not "a", of all; not "once"
     assert pictures.present[1].tolist() == [0, 1, 0, 1]
