@@ -160,15 +160,21 @@ def test_the_scheduler_makes_the_same_step(name: str, time: int, tiny_folder: Fo
 
 MODES: list[dict[str, Any]] = [
     {},
-    {"discriminator": "ladd", "r1": "approximate"},
-    {"discriminator": "unet", "multiscale": False, "noise_input": False, "mismatch": 0.0},
+    {"dmd": True, "discriminator": "ladd", "r1": "approximate"},
     {"dmd": True},
+    {"discriminator": "unet", "multiscale": False, "noise_input": False, "mismatch": 0.0},
     {"dmd": True, "regression": "none", "discriminator": "none"},
     {"regression": "none"},
 ]
 
 
-@pytest.mark.parametrize("options", MODES, ids=lambda o: "-".join(map(str, o.values())) or "gan")
+def some_slow(cases: list[Any], fast: int) -> list[Any]:
+    """All cases as parameters, those behind the first `fast` marked slow."""
+    marks = [()] * fast + [(pytest.mark.slow,)] * (len(cases) - fast)
+    return [pytest.param(case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
+
+
+@pytest.mark.parametrize("options", some_slow(MODES, 2), ids=str)
 def test_every_player_learns_of_its_own_loss_alone(options: dict, tiny_folder: Folder) -> None:
     """Even with the parameters of all others trainable, as they are beside the trainer."""
     method = make(tiny_folder("sd-v"), **options)
@@ -219,7 +225,7 @@ def test_the_generators_gradient_is_that_of_the_weighted_sum(tiny_folder: Folder
 
 def test_losses_at_logits_of_zero(tiny_folder: Folder) -> None:
     """ln 2 and 2 ln 2, whatever part is mixed."""
-    for mismatch in (0.0, 0.25, 0.75):
+    for mismatch in (0.0, 0.75):
         method = make(tiny_folder("sd-v"), mismatch=mismatch, r1="none")
         for head in method.players()["discriminator"].network.heads:  # type: ignore[union-attr]
             nn.init.zeros_(head[2].weight)
@@ -286,7 +292,9 @@ def test_r1_is_of_the_first_sample_at_its_steps(tiny_folder: Folder) -> None:
     assert any(differ)
 
 
-@pytest.mark.parametrize("options", [{}, {"dmd": True}, {"discriminator": "ladd"}])
+@pytest.mark.parametrize(
+    "options", some_slow([{}, {"dmd": True}, {"discriminator": "ladd"}], 1), ids=str
+)
 def test_parts_of_a_batch_add_up_to_it(options: dict, tiny_folder: Folder) -> None:
     """Losses and gradients of all phases, the penalty of one sample and mixing included."""
     method = make(tiny_folder("sd-v"), r1_every=1, **options)
@@ -310,7 +318,9 @@ def test_parts_of_a_batch_add_up_to_it(options: dict, tiny_folder: Folder) -> No
 # -- regressions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mse", "huber", "lpl", "latentlpips", "e_latentlpips"])
+@pytest.mark.parametrize(
+    "kind", some_slow(["e_latentlpips", "lpl", "mse", "huber", "latentlpips"], 2)
+)
 def test_a_perfect_generator_has_no_regression_loss(
     kind: Any, metric: str, tiny_folder: Folder
 ) -> None:
