@@ -291,3 +291,20 @@ def test_processes_of_one_launch_share_the_shards(tiny_sd, prompts, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.strip().splitlines()[-1])
     assert report["elsewhere"] == 0 and shards(folder) == shards(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["sdxl", "sd3", "flux", "pixart-sigma", "latent", "pixel", "sdxl-edm"]
+)
+def test_every_family_can_teach(name, tiny_folder, prompts, tmp_path):
+    """Sizes, shifts by resolution and embedded guidance are told; noise of EDM is scaled a copy."""
+    folder, model = tmp_path / "pairs", tiny_folder(name)
+    texts = None if name in ("latent", "pixel") else prompts
+    assert main(["trajectories", *words(folder, model, texts, "--steps", 2, "--count", 2)]) == 0
+    data = TrajectoryData(folder, batch_size=1, seed=0)
+    data.check(LatentDiffusion.load(model))
+    noise = data.pairs([0, 1]).noise
+    assert 0.8 < noise.std() < 1.2
+    verify = ["trajectories", "--output", str(folder), "--verify", "2", "--device", "cpu"]
+    assert main(verify) == 0
