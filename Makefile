@@ -44,6 +44,7 @@ bench: venv
 	$(BIN)/python scripts/bench/protection.py --output outputs/bench
 	$(BIN)/python scripts/bench/protect_command.py --output outputs/bench
 	$(BIN)/python scripts/bench/objectives.py --output outputs/bench
+	$(BIN)/python scripts/bench/few_step.py --output outputs/bench
 
 lint: venv
 	$(BIN)/ruff check .

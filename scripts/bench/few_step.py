@@ -16,7 +16,7 @@ a guided step). `gan`: a step of the discriminator, both penalties, a step of th
 --model embedded runs anywhere. SD1.5 is Stable Diffusion's size with random weights, without text
 encoder; on CUDA frozen networks are bfloat16, trained ones float32 under autocast, and the metric
 is float32 as always. Times are of the process on a CPU (neighbours do not count), of the wall on a
-GPU; both sides of a ratio are measured turn by turn. Writes OUTPUT/few_step.json.
+GPU; both sides of a ratio are measured turn by turn. Writes OUTPUT/few_step_PART.json.
 """
 
 from __future__ import annotations
@@ -59,16 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     set_quiet(True)
     setting = Setting(args.model, args.device, args.batch, args.steps, args.pairs)
-    results: dict[str, Any] = {"model": args.model, "batch": args.batch, "steps": args.steps}
-    ratios: list[paired.Ratio] = []
+    told = {"model": args.model, "device": args.device, "batch": args.batch, "steps": args.steps}
     for name in args.parts:
-        results[name], found = PARTS[name](setting)
-        ratios += found
-        for key, value in results[name].items():
+        results, ratios = PARTS[name](setting)
+        for key, value in results.items():
             print(f"{name}: {key}: {value}", flush=True)
-        paired.save(
-            args.output / "few_step.json", results, ratios if name == args.parts[-1] else ()
-        )
+        paired.save(args.output / f"few_step_{name}.json", told | results, ratios)
     return 0
 
 

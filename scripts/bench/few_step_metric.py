@@ -24,6 +24,7 @@ from diffkit.perceptual.latent_lpips import (
     NormKind,
     e_latentlpips,
 )
+from diffkit.perceptual.latent_lpips_io import load_latent_lpips
 from diffkit.perceptual.lpips import Lpips
 
 __all__ = ["SIZES", "counted", "latent_network", "metric", "under"]
@@ -85,8 +86,7 @@ def metric(setting: Setting) -> tuple[dict[str, Any], list[paired.Ratio]]:
             name: under(setting, gradient_step(decoded(codec, pictures, b, before), a))
             for name, before in ((DECODED, False), (GIVEN, True))
         }
-        for name, shape in SIZES.items():
-            network = latent_network(codec.channels, *shape, setting.device)
+        for name, network in networks(setting).items():
             ours = gradient_step(partial(apart, network, b, maps), a)
             for baseline, step in theirs.items():
                 found = setting.compare((f"{name}, batch {batch}", baseline), ours, step)
@@ -95,6 +95,15 @@ def metric(setting: Setting) -> tuple[dict[str, Any], list[paired.Ratio]]:
                 rows[f"{found.candidate} / {baseline}"] = row
     rows["GMAC a sample of 512 pixels"] = counted()
     return rows, ratios
+
+
+def networks(setting: Setting) -> dict[str, LatentLpips]:
+    """By name: those of full size, and the embedded one for its latents."""
+    channels, device = setting.model.codec.channels, setting.device
+    found = {name: latent_network(channels, *size, device) for name, size in SIZES.items()}
+    if setting.name == "embedded":
+        found["embedded E-LatentLPIPS"] = load_latent_lpips(device=device)
+    return found
 
 
 def apart(network: LatentLpips, target: Tensor, maps: Augmentation, z: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ def test_counted_arithmetic_is_the_papers_order() -> None:
 def test_every_part_runs(tmp_path: Path) -> None:
     words = ["--parts", "latency", "gan", "reward", "--pairs", "1", "--batch", "2", "--steps", "2"]
     assert few_step.main([*words, "--output", str(tmp_path)]) == 0
-    report = read_json(tmp_path / "few_step.json")
-    assert report["latency"]["n"] == 4 and report["latency"]["bound"] > 1
-    assert report["gan"]["batch 2"]["r1_share"] > 0
-    assert set(report["reward"]) == {"head on the teacher", "latent vit"}
+    latency, gan, reward = (
+        read_json(tmp_path / f"few_step_{part}.json") for part in ("latency", "gan", "reward")
+    )
+    assert latency["n"] == 4 and latency["bound"] > 1
+    assert gan["batch 2"]["r1_share"] > 0
+    assert {"head on the teacher", "latent vit"} <= reward.keys()
