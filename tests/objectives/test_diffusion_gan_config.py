@@ -1,0 +1,46 @@
+"""Flags of the one-step distillation: what would do nothing is refused, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from diffkit.errors import UserError
+from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig, loss_shares
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"discriminator": "none", "gamma": 1.0}, "gan.gamma: would do nothing"),
+        ({"discriminator": "none", "start": 3}, "gan.start: would do nothing"),
+        ({"discriminator": "ladd", "multiscale": False}, "gan.multiscale"),
+        ({"regression": "none", "discriminator": "none"}, "nothing would be learnt"),
+        ({"regression": "none", "start": 2}, "gan.start"),
+        ({"regression": "none", "share": 0.2}, "gan.share"),
+        ({"share": 0.2, "weight": 1.0}, "gan.share: the weight is fixed"),
+        ({"huber": 0.1}, "gan.huber"),
+        ({"latent_lpips": "x"}, "gan.latent_lpips"),
+        ({"augmentation": "b"}, "gan.augmentation"),
+        ({"r1": "none", "r1_every": 4}, "gan.r1_every"),
+        ({"r1_sigma": 0.2}, "gan.r1_sigma"),
+        ({"mismatch": 1.0}, "gan.mismatch"),
+        ({"pictures": True}, "gan.pictures"),
+        ({"pictures": True, "regression": "none", "r1": "exact"}, "gan.r1"),
+        ({"pictures": True, "regression": "none", "noise_input": True}, "gan.noise_input"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GanConfig(**({"regression": "mse"} | options)).check()
+
+
+def test_dmd_flags_without_dmd() -> None:
+    with pytest.raises(UserError, match=r"dmd.updates: would do nothing"):
+        DmdConfig(updates=2).check(GanConfig())
+    with pytest.raises(UserError, match=r"dmd.share"):
+        DmdConfig(share=2.0).check(GanConfig(regression="none", dmd=True))
+    shares = loss_shares(GanConfig(dmd=True), DmdConfig(weight=3.0))
+    assert list(shares) == ["regression", "dmd", "adversarial"]
+    assert (shares["dmd"].weight, shares["adversarial"].share) == (3.0, 0.25)
