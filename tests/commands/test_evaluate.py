@@ -13,9 +13,10 @@ from PIL import Image, ImageFilter
 
 from tests.evaluation.sets import evaluate, real_pictures, report_of, rows_of, times
 
+PAIRS = ("psnr", "ssim", "latent_lpips")
 ALL = (
     *("frechet", "kernel", "precision", "recall", "density", "coverage", "alignment", "retrieval"),
-    *("concept", "style", "background", "diversity", "vendi", "high_frequency", "psnr", "ssim"),
+    *("concept", "style", "background", "diversity", "vendi", "high_frequency", *PAIRS),
 )
 
 
@@ -47,12 +48,13 @@ def test_a_model_against_itself_differs_by_nothing(alone: Path) -> None:
     report = report_of(alone)
     rows = rows_of(report)
     assert tuple(rows) == ALL
-    for name in ("psnr", "ssim"):
+    for name in PAIRS:
         assert rows[name]["difference"] is None
         assert set(rows[name]["values"]) == {"model"}
     assert rows["psnr"]["values"]["model"]["value"] == 100
     assert rows["ssim"]["values"]["model"]["value"] == pytest.approx(1)
-    for name in set(ALL) - {"psnr", "ssim"}:
+    assert rows["latent_lpips"]["values"]["model"]["value"] == 0
+    for name in set(ALL) - set(PAIRS):
         assert rows[name]["difference"] == {"value": 0, "low": 0, "high": 0}, name
         assert rows[name]["values"]["model"] == rows[name]["values"]["against"]
         assert "paired: the same prompts and noises" in rows[name]["note"]
