@@ -59,6 +59,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "proxy": {"reward": PROXY, "proxy": {"network": "vit", "text": "embedded"}},
     "online target": {"lcd": {"target": "online"}},
     "L2": {"lcd": {"distance": "l2"}},
+    "E-LatentLPIPS": {
+        "lcd": {"distance": "e_latentlpips"},
+        "distance": asset_digests("latent_lpips"),
+    },
     "random embedding": {"lcd": {"embedding_init": "default"}},
     "alpha-weighted": {"reward": DIRECT | {"weighting": "alpha"}},
     "two segments": {"lcd": {"segments": 2}, "sampled": [2]},

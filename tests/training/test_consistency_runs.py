@@ -67,7 +67,7 @@ def test_the_result_is_a_stock_few_step_pipeline(train, tmp_path):
     words = ["generate", "a tree", "--model", folder, "--output", out, "--num", 2]
     assert main(list(map(str, words))) == 0
     assert len(list(out.glob("0*.png"))) == 2
-    assert main(["info", "--model", str(folder)]) == 0
+    assert main(["info", str(folder)]) == 0
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ REWARDED = ("direct", "direct, large", "proxy")
 ABLATIONS = {
     "online target": "the student itself in place of its moving average as the target",
     "L2": "squared distance in place of pseudo-Huber",
+    "E-LatentLPIPS": "perceptual distance of latents in place of pseudo-Huber",
     "random embedding": "the guidance's new input as torch initialises it",
     "two segments": "consistency inside two segments, two steps from edge to edge",
     "LoRA": "rank 16, one guidance scale, online target",
