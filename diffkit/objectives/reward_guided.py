@@ -53,6 +53,11 @@ from diffkit.rewards.refit import RunningMedian
 
 __all__ = ["RewardGuidedObjective", "distinct_names", "prompts_of"]
 
+_CLIP_RATE = 3.3e-6
+"""Of the paper, for the last layers of a trained network."""
+
+_HEAD_RATE = 1e-4
+
 
 def distinct_names(names: Sequence[str]) -> list[str]:
     """The names, later ones of the same word with a number: clip, clip_2, ..."""
@@ -94,7 +99,7 @@ class RewardGuidedObjective(ConsistencyObjective):
         rewards: those that `reward` names, with their weights; none for a frozen proxy.
         lora: name of the LoRA that is trained, None when all weights are.
         dtype: of the teacher's copy.
-        refit_rate: learning rate of the proxy in parts of the run's.
+        learning_rate: of the run, which the proxy's is told in parts of.
         seed: of the weights of a proxy that is made anew.
 
     Raises `UserError` for a config that this model cannot be trained with.
@@ -108,7 +113,7 @@ class RewardGuidedObjective(ConsistencyObjective):
         rewards: Sequence[WeightedReward] = (),
         lora: str | None = None,
         dtype: torch.dtype = torch.float32,
-        refit_rate: float = 1.0,
+        learning_rate: float = 1e-4,
         seed: int = 0,
     ) -> None:
         reward.check()
@@ -119,7 +124,7 @@ class RewardGuidedObjective(ConsistencyObjective):
         self.median = RunningMedian()
         self._weights: GradientShare | None = None
         self._refit: ProxyPlayer | None = None
-        self._refit_rate = refit_rate
+        self._learning_rate = learning_rate
         if reward.active:
             self._guide(rewards, dtype, seed)
 
@@ -185,8 +190,9 @@ class RewardGuidedObjective(ConsistencyObjective):
         student = tuple(super().phases())
         if self._refit is None:
             return student
-        every = self.reward.refit_every
-        return (*student, Phase("refit", "proxy", every=every, rate=self._refit_rate))
+        usual = _CLIP_RATE if isinstance(self.proxy, LatentClip) else _HEAD_RATE
+        rate = (self.reward.refit_rate or usual) / self._learning_rate
+        return (*student, Phase("refit", "proxy", every=self.reward.refit_every, rate=rate))
 
     def place(self, device: torch.device) -> None:
         """Move decoder, rewards and proxy."""

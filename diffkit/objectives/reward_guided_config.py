@@ -50,8 +50,8 @@ class RewardConfig:
     proxy: Path | None = None
     """The proxy, as `diffkit train proxy_reward` writes it; without it a new head on the encoder of
     the teacher."""
-    refit_rate: float = 3.3e-6
-    """Peak learning rate of the proxy."""
+    refit_rate: float | None = None
+    """Peak learning rate of the proxy; by default 3.3e-6, and 1e-4 for a head on the teacher."""
     refit_every: int = 1
     """Training steps from one step of the proxy to the next."""
     refit_share: float = 1.0
@@ -96,8 +96,9 @@ class RewardConfig:
 
     def _check_ranges(self) -> None:
         for name in ("chunk", "refit_every", "refit_rate"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"reward.{name}: {getattr(self, name)} must be above 0.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"reward.{name}: {value} must be above 0.")
         for name in ("share", "beta"):
             value = getattr(self, name)
             if value is not None and not value >= 0:

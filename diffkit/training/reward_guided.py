@@ -48,7 +48,7 @@ def build_reward_guided(
         _rewards(reward, dtype) if reward.active and reward.mode != "frozen_proxy" else (),
         lora,
         dtype,
-        refit_rate=reward.refit_rate / config.learning_rate,
+        learning_rate=config.learning_rate,
         seed=config.seed,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from diffkit.rewards.base import Reward
 from diffkit.rewards.proxies import new_latent_clip
 from diffkit.rewards.spec import load_reward
 from tests.objectives.test_denoising import make_batch
+
+embedded_reward = cache(lambda: load_reward("embedded"))
 
 LCD = {"solver_steps": 10, "guidance_min": 1.0, "guidance_max": 3.0}
 
@@ -77,7 +80,7 @@ def objective(tiny_folder: Callable[[str], Path]) -> Callable[..., RewardGuidedO
     def made(rewards: Any = None, **flags: Any) -> RewardGuidedObjective:
         config, model = RewardConfig(**flags), student(tiny_folder("sd-v"))
         if rewards is None and config.active and config.mode != "frozen_proxy":
-            rewards = [(load_reward("embedded"), 1.0)]
+            rewards = [(embedded_reward(), 1.0)]
         method = RewardGuidedObjective(model, ConsistencyConfig(**LCD), config, rewards or ())
         method.place(torch.device("cpu"))
         return method
@@ -118,6 +121,15 @@ def warm(method: Any) -> None:
 # -- plain distillation ---------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def distilled(tiny_folder: Callable[[str], Path]) -> dict[str, Tensor]:
+    """The student's gradients in plain distillation."""
+    plain = ConsistencyObjective(student(tiny_folder("sd-v")), ConsistencyConfig(**LCD))
+    plain.place(torch.device("cpu"))
+    step(plain)
+    return gradients(plain.players()["student"])
+
+
 class Forbidden(Constant):
     def rate(self, pixels: Tensor, embedded: Tensor) -> Tensor:
         raise AssertionError("a reward that does not count was asked")
@@ -133,22 +145,19 @@ class Forbidden(Constant):
     ],
 )
 def test_without_a_reward_the_gradient_is_that_of_distillation_to_the_bit(
-    tiny_folder: Callable[[str], Path],
+    distilled: dict[str, Tensor],
     objective: Callable[..., Any],
     rewards: list[tuple[Reward, float]],
     flags: dict[str, Any],
 ) -> None:
     """No weight, or nothing to gain; a reward without weight is not asked, and nothing decoded."""
-    plain = ConsistencyObjective(student(tiny_folder("sd-v")), ConsistencyConfig(**LCD))
-    plain.place(torch.device("cpu"))
-    step(plain)
     guided = objective(rewards, **flags)
     if "share" in flags:
         warm(guided)
     step(guided)
-    expected, found = (gradients(method.players()["student"]) for method in (plain, guided))
-    assert expected.keys() == found.keys() and len(expected) > 10
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    found = gradients(guided.players()["student"])
+    assert distilled.keys() == found.keys() and len(found) > 10
+    assert all(torch.equal(gradient, found[name]) for name, gradient in distilled.items())
 
 
 # -- gradients ------------------------------------------------------------------------------------
@@ -181,7 +190,7 @@ def test_the_direct_reward_moves_the_student_and_nothing_else(objective: Any) ->
 
 def test_shares_follow_the_lengths_of_gradients(objective: Any) -> None:
     """Two rewards, 3 to 1: their gradients come to 0.3 and 0.1 of the distance's, scale aside."""
-    method = objective([(Bright(), 3.0), (load_reward("embedded"), 1.0)], share=0.4)
+    method = objective([(Bright(), 3.0), (embedded_reward(), 1.0)], share=0.4)
     made = material(method)
     terms = step(method, made)
     assert not terms["bright_weight"].any()  # nothing is known yet
@@ -234,6 +243,15 @@ def test_a_head_on_the_teacher_leaves_the_teacher_alone(objective: Any) -> None:
     player("refit", *made)["loss"].mean().backward()
     assert gradients(player) and not gradients(method._teacher)
     assert not any("teacher" in name or "denoiser" in name for name in player.state_dict())
+
+
+def test_the_proxy_has_a_learning_rate_of_its_own(objective: Any, proxy: Path) -> None:
+    """In parts of the run's, here 1e-4: the paper's for a CLIP, more for a head that is new."""
+    clip = objective(mode="proxy", proxy=proxy, refit_every=3).phases()
+    assert [phase.name for phase in clip] == ["lcd", "refit"] and clip[1].every == 3
+    assert clip[1].rate == pytest.approx(0.033) and clip[0].rate == 1
+    assert objective(mode="proxy").phases()[1].rate == pytest.approx(1.0)
+    assert objective(mode="proxy", refit_rate=0.001).phases()[1].rate == pytest.approx(10.0)
 
 
 # -- prompts and samples --------------------------------------------------------------------------

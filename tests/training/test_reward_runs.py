@@ -68,6 +68,7 @@ def test_a_proxy_is_trained_and_then_fitted_to_the_reward(train, tiny_folder):
     assert torch.equal(in_one_step(stock), in_one_step(ours))
 
 
+@pytest.mark.slow
 def test_the_direct_reward_of_a_lora_in_stock_diffusers(train, tiny_folder):
     words = ("--reward.rewards", "embedded:1,embedded@8:0.5", "--reward.checkpoint", "resnet")
     run = train("rg_lcd", *words, "--lora-rank", 2, "--accumulation", 2)
@@ -83,6 +84,7 @@ def test_the_direct_reward_of_a_lora_in_stock_diffusers(train, tiny_folder):
     assert (in_one_step(stock) - before).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_weight_zero_is_plain_distillation_to_the_bit(train, tmp_path):
     plain = train("lcd", *GUIDED, name="plain")
     control = train("rg_lcd", "--reward.beta", 0, name="control")
