@@ -69,9 +69,10 @@ class GanTraining(TrainConfig):
                 "are read inside of them, which torch.compile cannot take; leave it out."
             )
         exact = self.gan.r1 == "exact" or (self.gan.r1 is None and not self.gan.pictures)
-        if self.gan.discriminator != "none" and exact and self.attention == "xformers":
+        plain = self.attention in ("sdpa", "classic", "_native_math")
+        if self.gan.discriminator != "none" and exact and not plain:
             raise UserError(
-                "attention: xformers has no second derivative, which the penalty of the "
+                f"attention: {self.attention} has no second derivative, which the penalty of the "
                 "discriminator needs; leave it out, or use --gan.r1 approximate."
             )
 
