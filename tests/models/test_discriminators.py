@@ -116,6 +116,20 @@ def test_all_but_the_tail_is_trained(name: str, tiny_folder: Folder) -> None:
     assert all(p.grad is None for p in model.denoiser.parameters())
 
 
+def test_checkpointed_activations_give_the_same_gradients(tiny_sd: Path) -> None:
+    """Features are read inside of what is computed again."""
+    model, critic = of_unet(tiny_sd)
+    x, about = given(model)
+    critic.denoiser.model.train()
+    found = []
+    for _ in range(2):
+        critic.zero_grad()
+        mean_logit(critic(x, about)).sum().backward()
+        found.append([p.grad.clone() for p in critic.parameters() if p.grad is not None])
+        critic.denoiser.model.enable_gradient_checkpointing()  # type: ignore[operator]
+    torch.testing.assert_close(*found)
+
+
 def test_prompts_are_read(tiny_sd: Path) -> None:
     model, critic = of_unet(tiny_sd)
     x, about = given(model)
