@@ -46,7 +46,7 @@ GUIDANCE = 3.0
 def latency(setting: Setting) -> Rows:
     """Pictures from given embeddings by stock pipelines, to tensors, as their users wait for."""
     model, batch = setting.model, setting.batch
-    teacher: Any = model.pipeline()
+    teacher: Any = setting.pipeline
     student = copy.copy(teacher)
     last = teacher.scheduler.config.num_train_timesteps - 1
     student.register_modules(scheduler=one_step_scheduler(model, last))

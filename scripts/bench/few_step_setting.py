@@ -41,17 +41,24 @@ class Setting:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
     @cached_property
-    def model(self) -> LatentDiffusion:
-        """The teacher, frozen."""
+    def pipeline(self) -> Any:
+        """The teacher as its users call it."""
         if self.name == "embedded":
-            return LatentDiffusion.load("embedded", device=self.device, dtype=self.dtype)
+            return self.model.pipeline()
         torch.manual_seed(0)
         with torch.device(self.device):
             pipeline = real_sizes.REAL_SIZES[self.name].build()
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 torch.nn.Module.to(part, dtype=self.dtype).eval().requires_grad_(False)
-        return LatentDiffusion(pipeline)
+        return pipeline
+
+    @cached_property
+    def model(self) -> LatentDiffusion:
+        """The teacher, frozen."""
+        if self.name == "embedded":
+            return LatentDiffusion.load("embedded", device=self.device, dtype=self.dtype)
+        return LatentDiffusion(self.pipeline)
 
     def cond(self, count: int) -> Conditioning:
         """What `count` prompts are encoded to."""
