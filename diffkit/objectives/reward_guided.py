@@ -61,11 +61,8 @@ _HEAD_RATE = 1e-4
 
 def distinct_names(names: Sequence[str]) -> list[str]:
     """The names, later ones of the same word with a number: clip, clip_2, ..."""
-    found: list[str] = []
-    for name in names:
-        again = sum(name == other.rsplit("_", 1)[0] or name == other for other in found)
-        found.append(f"{name}_{again + 1}" if again else name)
-    return found
+    earlier = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{n}_{k + 1}" if k else n for n, k in zip(names, earlier, strict=True)]
 
 
 def prompts_of(batch: Batch, classes: Classes | None) -> list[str]:
