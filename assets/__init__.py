@@ -13,7 +13,8 @@ def path(name: str) -> Path:
     """The folder of an embedded asset.
 
     `model` is a text-to-image pipeline in diffusers format, `features` an image feature network,
-    `latent_lpips` a perceptual distance of the model's latents, `scorer` a text-image scorer, `sample` a held-out data sample, `pictures` free pictures.
+    `latent_lpips` a perceptual distance of the model's latents, `scorer` a text-image scorer,
+    `sample` a held-out data sample, `pictures` free pictures.
 
     Raises `UserError` for another name, and when this copy of diffkit lacks the folder.
     """
