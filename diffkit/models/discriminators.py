@@ -25,6 +25,7 @@ from diffkit.errors import UserError
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.denoiser import Denoiser
 from diffkit.models.lora import plain_copy
+from diffkit.randomness import uniform
 
 __all__ = [
     "Discriminator",
@@ -66,14 +67,19 @@ class Given:
 
 
 class _Head(nn.Sequential):
-    """Features (B, width, h, w) -> logits (B, 1, h, w)."""
+    """Features (B, width, h, w) -> logits (B, 1, h, w).
 
-    def __init__(self, width: int, kernel: int) -> None:
-        super().__init__(
-            nn.GroupNorm(math.gcd(_GROUPS, width), width),
-            nn.SiLU(),
-            nn.Conv2d(width, 1, kernel, padding=kernel // 2),
-        )
+    The convolution starts at addressed draws, uniform in +-1 / sqrt(fan_in), torch's own bound.
+    """
+
+    def __init__(self, width: int, kernel: int, seed: int, name: str) -> None:
+        conv = nn.Conv2d(width, 1, kernel, padding=kernel // 2)
+        bound = 1 / math.sqrt(width * kernel**2)
+        with torch.no_grad():
+            for part, parameter in conv.named_parameters():
+                draws = uniform(parameter.shape, seed, "head", name, part)
+                parameter.copy_(bound * (2 * draws - 1))
+        super().__init__(nn.GroupNorm(math.gcd(_GROUPS, width), width), nn.SiLU(), conv)
 
 
 class Discriminator(nn.Module):
@@ -86,6 +92,7 @@ class Discriminator(nn.Module):
         denoiser: the network whose features are read; its parameters stay as trainable as they are.
         widths: channels of the features, by tap name.
         kernel: of the convolution of each head.
+        seed: of the heads' first weights.
         guidance: what a network with a guidance embedding is told.
         noise_input: add a convolution of z behind the network's first one.
         scales: add a convolution of the resized latents at the input of each lower level.
@@ -100,6 +107,7 @@ class Discriminator(nn.Module):
         widths: Mapping[str, int],
         *,
         kernel: int = 1,
+        seed: int = 0,
         guidance: float | None = None,
         noise_input: bool = False,
         scales: bool = False,
@@ -108,7 +116,9 @@ class Discriminator(nn.Module):
         self.denoiser = denoiser
         self.guidance = guidance
         self.names = tuple(widths)
-        self.heads = nn.ModuleList(_Head(width, kernel) for width in widths.values())
+        self.heads = nn.ModuleList(
+            _Head(width, kernel, seed, name) for name, width in widths.items()
+        )
         places, channels = denoiser.inputs, denoiser.geometry.channels
         self.noise_input = _zero_conv(channels, places[0].channels) if noise_input else None
         self._scaled = places[1:] if scales else ()
@@ -177,6 +187,7 @@ def unet_discriminator(
     denoiser: Denoiser,
     example: Given,
     *,
+    seed: int = 0,
     guidance: float | None = None,
     noise_input: bool = True,
     multiscale: bool = True,
@@ -191,6 +202,7 @@ def unet_discriminator(
     Arguments:
         denoiser: the teacher; a text-conditioned U-Net.
         example: one sample, of any size, to find the widths of features with.
+        seed: of the heads.
 
     Raises `UserError` for another kind of network.
     """
@@ -204,8 +216,14 @@ def unet_discriminator(
     ends = ("skip", "joined", "out")
     names = tuple(name for name in network.tap_names if name.rpartition(":")[2] in ends)
     names = names if multiscale else names[-1:]
-    options = {"noise_input": noise_input, "scales": multiscale}
-    found = Discriminator(network, _widths(network, names, example), guidance=guidance, **options)
+    found = Discriminator(
+        network,
+        _widths(network, names, example),
+        seed=seed,
+        guidance=guidance,
+        noise_input=noise_input,
+        scales=multiscale,
+    )
     tail: nn.Module = network.model
     for part in ("conv_norm_out", "conv_out"):
         if (layer := getattr(tail, part)) is not None:
@@ -214,18 +232,20 @@ def unet_discriminator(
 
 
 def feature_discriminator(
-    denoiser: Denoiser, example: Given, *, guidance: float | None = None
+    denoiser: Denoiser, example: Given, *, seed: int = 0, guidance: float | None = None
 ) -> Discriminator:
     """A frozen copy of the teacher, without adapters, with trainable heads on all its blocks.
 
     Arguments:
         denoiser: the teacher, of any family that has features to read.
         example: one sample, of any size, to find the widths of features with.
+        seed: of the heads.
     """
     network = _copy(denoiser)
     network.requires_grad_(False)
     names = tuple(name for name in network.tap_names if ":" not in name)
-    return Discriminator(network, _widths(network, names, example), kernel=3, guidance=guidance)
+    widths = _widths(network, names, example)
+    return Discriminator(network, widths, kernel=3, seed=seed, guidance=guidance)
 
 
 @contextmanager

@@ -88,6 +88,7 @@ class DiffusionGanObjective(Objective):
         lora: name of the LoRA that is trained, None when all weights are.
         teacher: what the other networks start from; the model itself by default.
         dtype: of frozen copies.
+        seed: of new weights.
 
     Raises `UserError` for a config that this model cannot be trained with.
     """
@@ -101,6 +102,7 @@ class DiffusionGanObjective(Objective):
         lora: str | None = None,
         teacher: LatentDiffusion | None = None,
         dtype: torch.dtype = torch.float32,
+        seed: int = 0,
     ) -> None:
         config.check()
         dmd.check(config)
@@ -110,6 +112,7 @@ class DiffusionGanObjective(Objective):
         self._batch_size = batch_size
         self._lora = lora
         self._dtype = dtype
+        self._seed = seed
         self._base = DenoisingObjective(model, DenoisingConfig(condition_dropout=0.0), lora)
         player = self._base.players()["denoiser"]
         assert isinstance(player, DenoisingPlayer)
@@ -172,12 +175,13 @@ class DiffusionGanObjective(Objective):
         shape = model.codec.channels, edge // model.codec.factor, edge // model.codec.factor
         example = Given(cond.to(teacher.device), torch.zeros(1, *shape, device=teacher.device))
         if config.discriminator == "ladd":
-            network = feature_discriminator(teacher, example, guidance=self._told)
+            network = feature_discriminator(teacher, example, seed=self._seed, guidance=self._told)
             network.denoiser.to(self._dtype)
         else:
             network = unet_discriminator(
                 teacher,
                 example,
+                seed=self._seed,
                 guidance=self._told,
                 noise_input=bool(config.noise_input),
                 multiscale=config.multiscale,

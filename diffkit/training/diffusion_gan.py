@@ -103,5 +103,5 @@ def build_gan(
     if config.gan.teacher is not None:
         teacher = LatentDiffusion.load(config.gan.teacher, attention=config.attention)
     return DiffusionGanObjective(
-        model, config.gan, config.dmd, config.batch_size, lora, teacher, dtype
+        model, config.gan, config.dmd, config.batch_size, lora, teacher, dtype, config.seed
     )

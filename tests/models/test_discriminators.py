@@ -58,6 +58,17 @@ def test_three_heads_at_every_scale(name: str, tiny_folder: Folder) -> None:
     assert widths == [16, 32, 16, 8, 24, 8]
 
 
+def test_heads_start_by_their_seed_and_not_by_the_generator_of_torch(tiny_sd: Path) -> None:
+    """They took torch's own draws, so that a resumed or repeated run was another run."""
+    model = LatentDiffusion.load(tiny_sd)
+    _, about = given(model, 1)
+    first, again, other = (unet_discriminator(model.denoiser, about, seed=s) for s in (1, 1, 2))
+    pairs = list(zip(first.state_dict().items(), again.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for (_, a), b in pairs)
+    weights = [critic.heads[0][2].weight for critic in (first, other)]  # type: ignore[index]
+    assert not torch.equal(*weights) and weights[0].abs().max() <= 16**-0.5
+
+
 def test_one_head_without_scales(tiny_sd: Path) -> None:
     model, critic = of_unet(tiny_sd, multiscale=False)
     x, about = given(model)
