@@ -5,19 +5,20 @@ The same file names the classes of a model that has any: see `diffkit.models.cla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffkit.errors import UserError
-from diffkit.files import read_json
+from diffkit.files import read_json, write_json
 from diffkit.models.classes import CARD_NAME, CLASS_KEYS, hub_file
 from diffkit.models.loading import is_hub_id, resolve
 
 if TYPE_CHECKING:
     from diffkit.models.families import Family
 
-__all__ = ["CARD_NAME", "Card", "read_card"]
+__all__ = ["Card", "add_to_card", "read_card"]
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,10 @@ def read_card(source: str, revision: str | None = None) -> Card:
         raise UserError(f"{path}: unknown key {unknown[0]!r}. Known: {', '.join(known)}.")
     values["example_prompts"] = tuple(values.get("example_prompts", ()))
     return Card(**values)
+
+
+def add_to_card(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write values into the card of a saved model; what else it says, such as names, stays."""
+    path = folder / CARD_NAME
+    kept: dict[str, Any] = read_json(path) if path.exists() else {}
+    write_json(path, kept | dict(values))

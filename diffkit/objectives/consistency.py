@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from diffkit.data.batch import Batch
 from diffkit.errors import UserError
-from diffkit.files import write_json
-from diffkit.generation.card import CARD_NAME
+from diffkit.generation.card import add_to_card
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.consistency import (
     Interval,
@@ -439,7 +438,7 @@ class ConsistencyObjective(DenoisingObjective):
         """Write a plain diffusers folder with its usual guidance and steps, or the LoRA."""
         super().save(folder)
         if self.lora is None:
-            write_json(folder / CARD_NAME, self.card())
+            add_to_card(folder, self.card())
 
     def card(self) -> dict[str, Any]:
         """How the result is sampled: "guidance_scale" and "steps" of diffkit.json.

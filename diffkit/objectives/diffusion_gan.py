@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,7 @@ from diffkit.console import warn
 from diffkit.data.batch import Batch
 from diffkit.data.trajectories import TrajectoryBatch
 from diffkit.errors import UserError
-from diffkit.files import read_json, write_json
-from diffkit.generation.card import CARD_NAME
+from diffkit.generation.card import add_to_card
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.denoiser import Denoiser
 from diffkit.models.discriminators import Given, feature_discriminator, unet_discriminator
@@ -388,9 +386,7 @@ class DiffusionGanObjective(Objective):
         self._base.save(folder)
         if self._lora is None:
             guidance = 1.0 if self._told is None else self._told
-            path = folder / CARD_NAME
-            kept: dict[str, Any] = read_json(path) if path.exists() else {}
-            write_json(path, kept | {"guidance_scale": guidance, "steps": 1})
+            add_to_card(folder, {"guidance_scale": guidance, "steps": 1})
 
 
 def _plain(denoiser: Denoiser) -> Denoiser:

@@ -14,7 +14,7 @@ import torch
 from gates import read_pairs
 
 from diffkit.files import atomic_directory, read_jsonl, write_json
-from diffkit.generation.card import CARD_NAME
+from diffkit.models.classes import CARD_NAME
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.text_image_scorer import TextImageScorer

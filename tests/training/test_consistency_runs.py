@@ -22,6 +22,7 @@ from diffkit.models.lora import load_lora
 from diffkit.objectives.consistency_config import ConsistencyConfig
 from diffkit.training.consistency import ConsistencyTraining
 from tests.training.test_denoising_runs import rows
+from tests.training.test_label_runs import FOLDERS
 
 LORA = ("--lora-rank", 2)
 
@@ -156,3 +157,18 @@ def test_validation_steps_between_edges_are_refused(tmp_path):
     config.validation_prompts = tmp_path / "prompts.txt"
     with pytest.raises(UserError, match="use --validation-steps 2"):
         config.check()
+
+
+@pytest.mark.slow
+def test_a_class_conditional_student_keeps_its_names(tmp_path, tiny_folder):
+    for name in FOLDERS:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "data" / name / "0.png")
+    flags = ["--model", tiny_folder("pixel-class"), "--data", tmp_path / "data"]
+    flags += ["--tracker", "none"]
+    flags += ["--output", tmp_path / "out", "--max-steps", 2, "--batch-size", 4]
+    assert main(["train", "lcd", *map(str, flags)]) == 0
+    before = LatentDiffusion.load(tiny_folder("pixel-class")).conditioner.classes
+    model = LatentDiffusion.load(tmp_path / "out" / "model")
+    assert model.conditioner.classes.names == before.names
+    assert read_card(str(tmp_path / "out" / "model")).steps == 4

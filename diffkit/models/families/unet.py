@@ -75,9 +75,9 @@ def tap(model: nn.Module, name: str, keep: Callable[[Tensor], None]) -> Any:
     return tap_output(block, "", keep)
 
 
-def inputs(model: nn.Module) -> tuple[BlockInput, ...]:
+def inputs(model: Any) -> tuple[BlockInput, ...]:
     """Where each level of the encoder begins; the first is behind the first convolution."""
-    widths = model.config.block_out_channels  # type: ignore[union-attr]
+    widths = model.config.block_out_channels
     channels = (widths[0], *widths[:-1])
     return tuple(BlockInput(f"down_blocks.{i}", width, 2**i) for i, width in enumerate(channels))
 

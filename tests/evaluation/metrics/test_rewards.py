@@ -20,7 +20,8 @@ def test_the_embedded_reward_is_the_alignment(tmp_path):
     pictures = PictureSet.open(path("sample"), num=16)
     tools = Toolbox(prompts=pictures.prompts)
     (metric,) = select(["reward:embedded"])
-    found = measure_samples([metric, METRICS["alignment"]], pictures, None, tools, tmp_path, "model")
+    both = [metric, METRICS["alignment"]]
+    found = measure_samples(both, pictures, None, tools, tmp_path, "model")
     torch.testing.assert_close(found["reward:embedded"], found["alignment"])
     assert (tmp_path / "reward-embedded-model.jsonl").is_file()
     assert metric.title(None, tools) == "reward (diffkit text-image scorer)"
