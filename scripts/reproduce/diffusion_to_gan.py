@@ -44,7 +44,9 @@ BEST = "E-LatentLPIPS"
 MSE, HUBER, PLAIN_METRIC, LPL = "MSE", "pseudo-Huber", "LatentLPIPS", "decoder features"
 ON, FULL = "regression on", "full"
 ALONE: dict[str, Any] = {"discriminator": "none"}
-JUDGED: dict[str, Any] = {"noise_input": False, "multiscale": False, "mismatch": 0.0, "r1": "none"}
+WARMED: dict[str, Any] = {"warmup": 40}
+BARELY: dict[str, Any] = {"noise_input": False, "multiscale": False, "mismatch": 0.0, "r1": "none"}
+JUDGED: dict[str, Any] = WARMED | BARELY
 SCALES: dict[str, Any] = {**JUDGED, "noise_input": True, "multiscale": True}
 WHOLE: dict[str, Any] = {**SCALES, "mismatch": 0.25, "r1": "exact"}
 
@@ -69,11 +71,11 @@ LADDER: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "approximated R1": {"gan": {**WHOLE, "r1": "approximate"}},
-    "DMD2": {"gan": {**WHOLE, "dmd": True}, "dmd": {"updates": 2}, "steps": 800},
+    "DMD2": {"gan": {**WHOLE, "dmd": True}, "dmd": {"updates": 2}},
     "on MSE": {"gan": {**WHOLE, "regression": "mse"}, "start": MSE},
 }
-FIRST: dict[str, Any] = {"steps": 1500, "batch_size": 32, "learning_rate": 1e-4}
-SECOND: dict[str, Any] = {"steps": 1000, "batch_size": 16, "learning_rate": 5e-5}
+FIRST: dict[str, Any] = {"steps": 400, "batch_size": 16, "learning_rate": 2e-4}
+SECOND: dict[str, Any] = {"steps": 240, "batch_size": 8, "learning_rate": 1e-4}
 SECOND |= {"start": BEST, "first": FIRST}
 ARMS: dict[str, dict[str, Any]] = {
     **TEACHERS,
@@ -100,15 +102,15 @@ SETTINGS: dict[str, Any] = {
     "data": "t2i-64-open",
     "teacher": TRAINED,
     "assets": asset_digests("model/unet", "model/vae", "model/text_encoder", "latent_lpips"),
-    "pairs": {"count": 5952, "seed": 0, "steps": 50, "guidance": 2.0},
+    "pairs": {"count": 2048, "seed": 0, "steps": 20, "guidance": 2.0},
     **FIRST,
-    "warmup_steps": 50,
+    "warmup_steps": 30,
     "max_grad_norm": 10.0,
     "ema": 0.99,
 }
 SCORING: dict[str, Any] = {
     "assets": asset_digests("features"),
-    "noises": 10,
+    "noises": 4,
     "seed": 1,
     "shown": 12,
 }

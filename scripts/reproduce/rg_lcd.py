@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +75,22 @@ SETTINGS: dict[str, Any] = {
     "data": "t2i-64, open captions",
     "assets": asset_digests("model/unet", "model/vae", "model/text_encoder", "scorer"),
     "teacher": TEACHER,
-    "steps": 1500,
+    "steps": 600,
     "batch_size": 32,
     "learning_rate": 1e-4,
-    "warmup_steps": 50,
+    "warmup_steps": 30,
     "ema": 0.99,
     "lcd": {},
     "guidance": [1.5, 3.5],
     "told": 2.0,
     "sampled": [1, 2, 4],
-    "pretraining": {"steps": 800, "batch_size": 64, "learning_rate": 5e-4, "warmup_steps": 50},
+    "pretraining": {"steps": 300, "batch_size": 64, "learning_rate": 5e-4, "warmup_steps": 30},
 }
 SCORING: dict[str, Any] = {
     "assets": asset_digests("features", "scorer"),
-    "noises": 6,
-    "teacher_steps": [1, 2, 4, 10, 20, 50],
-    "endpoint_steps": 50,
+    "noises": 3,
+    "teacher_steps": [1, 2, 4, 10, 20],
+    "endpoint_steps": 20,
 }
 LAST = 100
 """Steps at the end of a run over which the proxy's accuracy is averaged."""
@@ -239,7 +240,7 @@ EXPERIMENT = Experiment(
     settings=SETTINGS,
     scoring=SCORING,
     run=run,
-    text=text,
+    text=partial(text, settings=SETTINGS),
     draw=draw,
     fewer=dict.fromkeys(ABLATIONS, (0,)),
 )

@@ -120,7 +120,7 @@ def known() -> Results:
 
 
 def test_report_of_numbers_by_hand() -> None:
-    told = rg_lcd.text(known())
+    told = rg_lcd.EXPERIMENT.text(known())
     assert "| 1 | 1 | x 0.25 [0.25, 0.25] |" in told  # 0.1 / 0.4
     assert "| 4 | 10 | x 0.625 [0.625, 0.625] |" in told  # (0.1 / 4) / (0.4 / 10)
     assert "reward(direct) > reward(proxy), 1 step(s): +0.1001" in told
@@ -131,5 +131,5 @@ def test_report_of_numbers_by_hand() -> None:
 
 def test_report_before_there_is_much() -> None:
     some = Results({k: v for k, v in known().values.items() if k == ("teacher", 0)})
-    assert "No seed has both teacher and LCD yet." in rg_lcd.text(some)
+    assert "No seed has both teacher and LCD yet." in rg_lcd.EXPERIMENT.text(some)
     rg_lcd.EXPERIMENT.draw(some, Figure())
