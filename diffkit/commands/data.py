@@ -26,7 +26,7 @@ class DataCheckConfig:
     label_0; or the noise-image pairs of `diffkit trajectories`."""
 
     smallest: int = 32
-    """A shorter side below this many pixels is a problem."""
+    """A shorter side below this many pixels is a problem; for pictures."""
 
     json: bool = False
     """Print the problems and counts as JSON on stdout, and nothing else."""
@@ -40,10 +40,14 @@ def configs() -> dict[str, type]:
 def main(config: DataCheckConfig) -> int:
     """Check a folder; 0 when nothing is wrong, 1 when something is. See `DataCheckConfig`."""
     from diffkit.data.check import check
+    from diffkit.data.trajectory_store import is_trajectory_folder
 
     set_quiet(config.json)
     if config.smallest < 1:
         raise UserError(f"--smallest {config.smallest}: must be at least 1.")
+    default = next(f.default for f in dataclasses.fields(config) if f.name == "smallest")
+    if config.smallest != default and is_trajectory_folder(config.folder):
+        raise UserError("--smallest: is about pictures, and these are noise-image pairs; omit it.")
     report = check(config.folder, smallest=config.smallest)
     print(json.dumps(dataclasses.asdict(report)) if config.json else report.summary())
     return 1 if report.problems else 0

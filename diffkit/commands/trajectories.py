@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,7 +55,7 @@ class TrajectoriesConfig:
     """Branch, tag or commit of a hub id."""
 
     count: int | None = None
-    """Pairs in all; by default one a prompt."""
+    """Pairs in all; by default one a prompt, or as many as there are if these are more."""
 
     steps: int = 50
     """Sampling steps."""
@@ -108,22 +109,28 @@ def main(config: TrajectoriesConfig) -> int:
         return _verify(config, config.verify)
     if not 0 <= config.seed < 2**63:
         raise UserError(f"--seed {config.seed}: must be from 0 to 2^63 - 1.")
-    if config.guidance is not None and config.guidance < 0:
-        raise UserError(f"--guidance {config.guidance:g}: must not be negative.")
+    if config.guidance is not None and not 0 <= config.guidance < math.inf:
+        raise UserError(f"--guidance {config.guidance:g}: must be a number, and not negative.")
     return _make(config)
 
 
 def _make(config: TrajectoriesConfig) -> int:
     from diffkit.generation.run import Processes
-    from diffkit.generation.trajectories import Teacher, check_folder, make_pairs, prepare
+    from diffkit.generation.trajectories import (
+        Teacher,
+        check_folder,
+        check_place,
+        make_pairs,
+        prepare,
+    )
 
+    check_place(config.output)
     texts = _texts(config)
     processes = Processes.current(config.device)
     model = _open(config, config.model, config.dtype, processes)
     prompts = _prompts(config, model, texts)
     header = _header(config, model, prompts)
-    if not config.overwrite:
-        check_folder(config.output, header)
+    check_folder(config.output, header, config.overwrite)
     processes.wait()
     if processes.rank == 0:
         prepare(config.output, header, prompts, config.overwrite)
@@ -192,13 +199,17 @@ def _open(
 
 
 def _header(config: TrajectoriesConfig, model: LatentDiffusion, prompts: list[Prompt]) -> Header:
+    from diffkit.data.trajectory_store import is_trajectory_folder, read_header
     from diffkit.generation.pictures import parse_size
     from diffkit.generation.trajectories import header_of
 
+    count = config.count or len(prompts)
+    if config.count is None and not config.overwrite and is_trajectory_folder(config.output):
+        count = max(count, read_header(config.output).count)
     return header_of(
         model,
         prompts,
-        count=config.count or len(prompts),
+        count=count,
         seed=config.seed,
         shard=config.shard,
         steps=config.steps,
@@ -217,7 +228,13 @@ def _texts(config: TrajectoriesConfig) -> list[str] | None:
     if config.data is not None:
         raise UserError("give prompts either by --prompts or by --data, not both.")
     from diffkit.data.prompts import read_prompts
+    from diffkit.data.trajectory_store import PROMPTS
 
+    if config.prompts.resolve() == (config.output / PROMPTS).resolve():
+        raise UserError(
+            f"--prompts {config.prompts}: the pairs keep their own prompts in this file; keep "
+            "yours outside of --output."
+        )
     return read_prompts(config.prompts)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from diffkit.data.columns import has_pair_columns, pairs_of_columns
 from diffkit.data.images import EXTENSIONS
 from diffkit.data.metadata import Row, columns_of, read_table, require_columns
+from diffkit.data.trajectory_store import is_trajectory_folder
 from diffkit.errors import UserError
 
 __all__ = [
@@ -180,6 +181,8 @@ def _no_pictures(root: Path, names: list[str]) -> str:
     known = ", ".join(sorted(EXTENSIONS))
     if not names:
         return f"{root}: is empty. Put pictures into it ({known})."
+    if is_trajectory_folder(root):
+        return f"{root}: holds noise-image pairs, not pictures; they are for `diffkit train gan`."
     endings = sorted({os.path.splitext(name)[1] or name for name in names})[:8]
     return f"{root}: holds no pictures ({known}), only {', '.join(endings)}."
 

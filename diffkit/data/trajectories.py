@@ -18,11 +18,13 @@ from torch import Tensor
 from diffkit.data.cache import EmbeddingCache
 from diffkit.data.prefetch import prefetch
 from diffkit.data.sampler import BatchSampler, share
+from diffkit.data.scan import threaded
 from diffkit.data.trajectory_store import (
     Prompt,
     latent_space,
     read_header,
     read_prompt_rows,
+    read_shard,
     read_stamp,
     shard_path,
     trajectory_noise,
@@ -109,7 +111,8 @@ class TrajectoryData:
         kept: index of the pair at each position; pairs that came out not finite are missing.
         embeddings: cache of the captions' conditioning, once `cache_embeddings` has filled it.
 
-    Raises `UserError` for a folder that is not whole, or not of one set of settings.
+    Every shard is read once to begin with, against its checksum. Raises `UserError` for a folder
+    that is not whole, not of one set of settings, or whose bits were changed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, batch_size: int, seed: int) -> None:
@@ -119,28 +122,32 @@ class TrajectoryData:
         self._digest = hashlib.blake2b(self.header.digest().encode(), digest_size=16)
         self.kept: list[int] = []
         self._places: list[tuple[int, int]] = []
-        for number in range(self.header.shards):
-            self._add(number)
+        looks = threaded(self._look, self.header.shards, "Checking shards")
+        for number, (checksum, indices) in enumerate(looks):
+            self._digest.update(checksum.encode())
+            self._places += [(number, row) for row in range(len(indices))]
+            self.kept += indices
         if not self.kept:
             raise UserError(f"{self.folder}: not one of its pairs is finite.")
         self.sampler = BatchSampler([0] * len(self.kept), batch_size, seed)
         self.embeddings: EmbeddingCache | None = None
         self._open = lru_cache(maxsize=_OPEN)(self._opened)
 
-    def _add(self, number: int) -> None:
+    def _look(self, number: int) -> tuple[str, list[int]]:
+        """The checksum and the indices of a shard that is as it was written."""
         path, rows = shard_path(self.folder, number), self.header.rows(number)
         stamp = read_stamp(path)
         if stamp is None or stamp.stop < rows.stop:
             raise self._unusable(path, "is not there, or not whole")
         if stamp.header != self.header.digest():
             raise self._unusable(path, "was made with other settings than the header says")
-        indices = _indices(path)
-        self._digest.update(stamp.checksum.encode())
-        self._places += [(number, row) for row in range(len(indices))]
-        self.kept += indices
+        shard = read_shard(path)
+        if shard is None:
+            raise self._unusable(path, "its bits were changed since it was written")
+        return stamp.checksum, shard.indices.tolist()
 
     def _unusable(self, path: Path, what: str) -> UserError:
-        again = "Run the command again that made the pairs: it makes what is missing."
+        again = "Run the command again that made the pairs: it makes what is missing or damaged."
         return UserError(f"{path}: {what}. {again}")
 
     def check(self, model: LatentDiffusion) -> None:
@@ -256,9 +263,3 @@ class TrajectoryData:
             places=tuple(pair.place for pair in pairs),
             unrelated=torch.stack([pair.unrelated for pair in pairs]),
         )
-
-
-def _indices(path: Path) -> list[int]:
-    with safe_open(path, framework="pt") as file:
-        found: list[int] = file.get_tensor("indices").tolist()
-    return found

@@ -25,8 +25,9 @@ def check_trajectories(folder: Path) -> tuple[list[Problem], dict[str, int]]:
     """Read every shard; returns the problems, and the counts "pairs", "dropped" and "prompts".
 
     The kinds of problem are "missing shard", "corrupt" (torn, with changed bits, or with tensors
-    that are not those of a shard) and "other settings" (of the shard, or of the prompts, than the
-    header's). Raises `UserError` for a folder without a header that can be read.
+    that are not those of a shard), "other settings" (of the shard, or of the prompts, than the
+    header's) and "missing prompts". Raises `UserError` for a folder without a header that can be
+    read.
     """
     header = read_header(folder)
     problems, counts = [], {"pairs": 0, "dropped": 0, "prompts": 0}
@@ -34,7 +35,8 @@ def check_trajectories(folder: Path) -> tuple[list[Problem], dict[str, int]]:
         counts["prompts"] = len(read_prompt_rows(folder, header))
     except UserError as error:
         message = str(error).removeprefix(f"{folder / PROMPTS}: ")
-        problems.append(Problem(PROMPTS, "other settings", message))
+        kind = "other settings" if (folder / PROMPTS).exists() else "missing prompts"
+        problems.append(Problem(PROMPTS, kind, message))
     looks = threaded(lambda k: _look(folder, header, k), header.shards, "Checking shards")
     for number, found in enumerate(looks):
         if isinstance(found, Problem):

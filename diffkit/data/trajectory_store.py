@@ -108,10 +108,25 @@ class Header:
         return hashlib.blake2b(_canonical(values).encode(), digest_size=16).hexdigest()
 
     def differing(self, other: Header) -> list[str]:
-        """`name (value here, value there)` of everything but `model` and `count` that differs."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("model", "count")]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [f"{name} ({a!r} there, {b!r} now)" for name, a, b in pairs if a != b]
+        """`name (value there, value now)` of everything but `model` and `count` that differs.
+
+        Of the scheduler's config only what differs, and of the times only the first one, where
+        nothing else tells why.
+        """
+        told: list[tuple[str, Any, Any]] = []
+        for name in (field.name for field in dataclasses.fields(self)):
+            mine, its = getattr(self, name), getattr(other, name)
+            if name in ("model", "count", "times") or mine == its:
+                continue
+            if name == "scheduler":
+                keys = [key for key in {**mine, **its} if mine.get(key) != its.get(key)]
+                told += [(f"scheduler {key}", mine.get(key), its.get(key)) for key in keys]
+            else:
+                told.append((name, mine, its))
+        if not told and self.times != other.times:
+            pairs = zip(self.times, other.times, strict=True)
+            told = [(f"time {k}", a, b) for k, (a, b) in enumerate(pairs) if a != b][:1]
+        return [f"{name} ({a!r} there, {b!r} now)" for name, a, b in told]
 
     @property
     def shards(self) -> int:
@@ -191,13 +206,16 @@ def write_prompt_rows(folder: Path, prompts: Sequence[Prompt]) -> None:
 def read_prompt_rows(folder: Path, header: Header) -> list[Prompt]:
     """The prompts; `UserError` when they are missing or are not those of the header."""
     path = folder / PROMPTS
+    again = "Run the command again that made the pairs: it brings them back."
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         prompts = [Prompt(**json.loads(line)) for line in lines if line]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the prompts of the pairs are not there. {again}") from error
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from error
+        raise UserError(f"{path}: cannot be read ({error}). {again}") from error
     if prompts_digest(prompts) != header.prompts:
-        raise UserError(f"{path}: these are not the prompts that the pairs were made for.")
+        raise UserError(f"{path}: these are not the prompts that the pairs were made for. {again}")
     return prompts
 
 

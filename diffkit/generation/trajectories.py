@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from diffkit.console import progress, say, warn
+from diffkit.data.scan import threaded
 from diffkit.data.trajectory_store import (
-    HEADER,
-    PROMPTS,
     Header,
     Prompt,
     Shard,
@@ -32,6 +31,7 @@ from diffkit.data.trajectory_store import (
     latent_space,
     prompts_digest,
     read_header,
+    read_shard,
     read_stamp,
     shard_path,
     trajectory_noise,
@@ -40,7 +40,7 @@ from diffkit.data.trajectory_store import (
     write_shard,
 )
 from diffkit.errors import RunFailed, UserError
-from diffkit.files import check_writable
+from diffkit.files import TEMPORARY_PREFIX, check_writable
 from diffkit.generation.card import read_card
 from diffkit.generation.engine import DTYPES, size_rule, weights_digest
 from diffkit.generation.pictures import Size
@@ -48,7 +48,16 @@ from diffkit.generation.run import Processes
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
 
-__all__ = ["Made", "Teacher", "check_folder", "header_of", "make_pairs", "prepare", "whole_shard"]
+__all__ = [
+    "Made",
+    "Teacher",
+    "check_folder",
+    "check_place",
+    "header_of",
+    "make_pairs",
+    "prepare",
+    "whole_shard",
+]
 
 LOCK = ".lock"
 
@@ -84,14 +93,12 @@ def header_of(
     size = size or rule.native
     rule.check(size)
     shape = model.latent_shape(size.height, size.width)
-    schedule, scheduler = model.schedule, model.pipeline().scheduler
+    schedule = model.schedule
     mu = schedule.mu(model.denoiser.tokens(*shape[1:])) if schedule.shifts_by_resolution else None
-    told: dict[str, Any] = {"class": type(scheduler).__name__}
-    told |= {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
     return Header(
         model=os.path.abspath(model.source) if Path(model.source).exists() else model.source,
         weights=weights_digest(model),
-        scheduler=json.loads(json.dumps(told, default=str)),
+        scheduler=_told_scheduler(model),
         times=tuple(float(t) for t in schedule.sampling_timesteps(steps, mu)),
         steps=steps,
         guidance=float(guidance),
@@ -104,6 +111,15 @@ def header_of(
         prompts=prompts_digest(prompts),
         count=count,
     )
+
+
+def _told_scheduler(model: LatentDiffusion) -> dict[str, Any]:
+    """Class and config of the model's scheduler, as JSON data."""
+    scheduler = model.pipeline().scheduler
+    told: dict[str, Any] = {"class": type(scheduler).__name__}
+    told |= {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
+    return plain
 
 
 @dataclass(frozen=True)
@@ -166,12 +182,24 @@ class Made:
     elsewhere: int = 0
 
 
-def check_folder(folder: Path, header: Header) -> None:
-    """Raise `UserError` for a folder with something else, with pairs of other settings or more.
+def check_place(folder: Path) -> None:
+    """Raise `UserError` for a file, and for a folder that has something else than pairs."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; an output folder is needed here.")
+    if folder.is_dir() and not is_trajectory_folder(folder):
+        names = [path.name for path in folder.iterdir()]
+        # Temporary files are of another process that is just starting, or of one that was killed.
+        if any(name != LOCK and not name.startswith(TEMPORARY_PREFIX) for name in names):
+            raise UserError(f"{folder}: is not empty and holds no pairs; choose another --output.")
 
-    One with fewer pairs grows.
+
+def check_folder(folder: Path, header: Header, overwrite: bool = False) -> None:
+    """Raise `UserError` as `check_place` does, and for pairs of other settings or more of them.
+
+    One with fewer pairs grows. Pairs that `overwrite` removes may be any.
     """
-    if is_trajectory_folder(folder):
+    check_place(folder)
+    if is_trajectory_folder(folder) and not overwrite:
         old = read_header(folder)
         if differing := old.differing(header):
             raise UserError(
@@ -183,24 +211,22 @@ def check_folder(folder: Path, header: Header) -> None:
                 f"{folder}: holds {old.count} pairs, more than --count {header.count}. Give at "
                 "least as many, or another --output."
             )
-    elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
-        raise UserError(f"{folder}: is not empty and holds no pairs; choose another --output.")
     check_writable(folder)
 
 
 def prepare(folder: Path, header: Header, prompts: Sequence[Prompt], overwrite: bool) -> None:
     """Write header and prompts of a checked folder; `overwrite` removes the pairs in it."""
     if overwrite:
-        for path in (folder / HEADER, folder / PROMPTS, *folder.glob("pairs-*.safetensors")):
+        for path in folder.glob("pairs-*.safetensors"):
             path.unlink(missing_ok=True)
+    write_header(folder, header)  # first: it is what tells the folder from anybody's
     write_prompt_rows(folder, prompts)
-    write_header(folder, header)
 
 
 def make_pairs(
     teacher: Teacher, folder: Path, batch_size: int, processes: Processes | None = None
 ) -> Made:
-    """Make every shard that is missing and that no other process is making.
+    """Make every shard that is missing or damaged and that no other process is making.
 
     Arguments:
         folder: prepared by `prepare`.
@@ -211,7 +237,8 @@ def make_pairs(
     finished shards stay.
     """
     header, me, made = teacher.header, processes or Processes(), Made()
-    missing = [k for k in range(header.shards) if not whole_shard(folder, header, k)]
+    looks = threaded(lambda k: _sound(folder, header, k), header.shards, "Checking shards")
+    missing = [k for k, sound in enumerate(looks) if not sound]
     made.kept = header.count - sum(len(header.rows(k)) for k in missing)
     if made.kept:
         say(f"{made.kept} of {header.count} pairs are in {folder} already")
@@ -241,6 +268,12 @@ def whole_shard(folder: Path, header: Header, number: int) -> Stamp | None:
     return None
 
 
+def _sound(folder: Path, header: Header, number: int) -> bool:
+    """Whether a shard is there and has the bits that were written; it is read for that."""
+    stamped = whole_shard(folder, header, number) is not None
+    return stamped and read_shard(shard_path(folder, number)) is not None
+
+
 def _work(
     teacher: Teacher, folder: Path, missing: Sequence[int], batch_size: int, lock: Any
 ) -> Iterator[int]:
@@ -248,7 +281,7 @@ def _work(
     header = teacher.header
     for number in missing:
         with _claim(lock, number) as ours:
-            if not ours or whole_shard(folder, header, number):  # it may have come in between
+            if not ours or _sound(folder, header, number):  # it may have come in between
                 continue
             rows = header.rows(number)
             parts = []

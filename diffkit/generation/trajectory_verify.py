@@ -83,8 +83,8 @@ def _stored(folder: Path, number: int) -> tuple[Stamp, Shard]:
     stamp, shard = read_stamp(path), read_shard(path)
     if stamp is None or shard is None:
         raise RunFailed(
-            f"{path}: its bits were changed since it was written; remove it and make the pairs "
-            "again with the same command."
+            f"{path}: its bits were changed since it was written. Run the command again that made "
+            "the pairs: it makes this shard anew."
         )
     return stamp, shard
 

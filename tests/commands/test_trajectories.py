@@ -21,6 +21,7 @@ from diffkit.data.trajectories import TrajectoryData
 from diffkit.data.trajectory_store import (
     Shard,
     read_header,
+    read_prompt_rows,
     read_shard,
     read_stamp,
     shard_path,
@@ -139,10 +140,16 @@ def test_a_run_goes_on_where_it_stopped_and_grows(tiny_sd, prompts, tmp_path, ca
     report = json.loads(capsys.readouterr().out)
     assert report["kept"] == 3 and report["made"] == 4
     assert shards(folder) == shards(straight) and len(first) == 1
-    torn = shard_path(folder, 1)
+    torn, changed = shard_path(folder, 1), shard_path(folder, 0)
     torn.write_bytes(torn.read_bytes()[:-7])
-    assert make(folder, tiny_sd, prompts) == 0
+    bits = bytearray(changed.read_bytes())
+    bits[-1] ^= 1
+    changed.write_bytes(bits)
+    (folder / "prompts.jsonl").unlink()
+    again = ["--steps", 2, "--shard", 3, "--batch-size", 2]  # without --count those that are there
+    assert main(["trajectories", *words(folder, tiny_sd, prompts, *again)]) == 0
     assert shards(folder) == shards(straight)
+    assert read_prompt_rows(folder, read_header(folder))[2].text == "a bird"
     assert make(folder, tiny_sd, prompts, "--count", 4) == 2
     assert "holds 7 pairs, more than --count 4" in capsys.readouterr().err
 
@@ -170,6 +177,23 @@ def test_a_folder_of_other_settings_is_refused(tiny_sd, prompts, tmp_path, capsy
     assert "is not empty and holds no pairs" in capsys.readouterr().err
 
 
+def test_overwrite_removes_pairs_and_nothing_of_ones_own(tiny_sd, prompts, tmp_path, capsys):
+    own, pairs = tmp_path / "own", tmp_path / "pairs"
+    own.mkdir()
+    (own / "prompts.jsonl").write_text("mine")
+    assert make(own, tiny_sd, prompts, "--overwrite") == 2
+    assert "is not empty and holds no pairs" in capsys.readouterr().err
+    assert [path.name for path in own.iterdir()] == ["prompts.jsonl"]
+    assert make(prompts, tiny_sd, prompts, "--overwrite") == 2
+    assert "is a file; an output folder is needed" in capsys.readouterr().err
+    pairs.mkdir()
+    inside = pairs / "prompts.jsonl"
+    inside.write_text('{"prompt": "a cat"}\n')
+    (pairs / "trajectories.json").write_text("{}")
+    assert make(pairs, tiny_sd, inside, "--overwrite") == 2
+    assert "keep yours outside of --output" in capsys.readouterr().err and inside.exists()
+
+
 def test_what_cannot_be_asked_for_is_refused(tiny_sd, prompts, tmp_path, capsys):
     folder = tmp_path / "pairs"
 
@@ -182,7 +206,8 @@ def test_what_cannot_be_asked_for_is_refused(tiny_sd, prompts, tmp_path, capsys)
     assert "not both" in refusal(prompts, "--data", tmp_path)
     assert "--split: needs --data" in refusal(None, "--split", "test")
     assert "--shard 0: must be at least 1" in refusal(prompts, "--shard", 0)
-    assert "--guidance -1" in refusal(prompts, "--guidance", -1)
+    for guidance in (-1, "nan", "inf"):
+        assert f"--guidance {guidance}" in refusal(prompts, "--guidance", guidance)
     assert "multiples of" in refusal(prompts, "--size", 33)
     assert "1001 steps" in refusal(prompts, "--steps", 1001)
     assert "not on a CPU" in refusal(prompts, "--dtype", "fp16")

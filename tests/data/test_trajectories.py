@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffkit.data.fill import cache_embeddings
+from diffkit.data.layout import read_layout
 from diffkit.data.trajectories import TrajectoryData
 from diffkit.data.trajectory_store import (
     Prompt,
@@ -107,6 +108,11 @@ def test_what_is_not_whole_is_refused(folder):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:100])
     assert "pairs-00001.safetensors: is not there, or not whole" in refusal()
+    changed = bytearray(whole)
+    changed[-1] ^= 1
+    shard.write_bytes(changed)
+    assert "pairs-00001.safetensors: its bits were changed" in (said := refusal())
+    assert "Run the command again that made the pairs" in said
     shard.write_bytes(whole)
     write_header(folder, header(count=11))
     assert "pairs-00002.safetensors: is not there, or not whole" in refusal()
@@ -165,4 +171,14 @@ def test_headers_differ_by_what_decides_pairs(folder):
     assert head == header() and head.shards == 3 and list(head.rows(2)) == [8, 9]
     assert head.differing(header(model="elsewhere", count=12)) == []
     assert head.digest() == header(model="elsewhere", count=12).digest()
-    assert head.differing(header(steps=3)) == ["steps (2 there, 3 now)"]
+    more = header(steps=3, times=(999.0, 666.0, 333.0, -1.0))
+    assert head.differing(more) == ["steps (2 there, 3 now)"]
+    other = header(scheduler={"class": "DDIMScheduler", "clip_sample": True}, seed=1)
+    said = ["scheduler clip_sample (None there, True now)", "seed (7 there, 1 now)"]
+    assert head.differing(other) == said
+    assert head.differing(header(times=(999.0, 400.0, -1.0))) == ["time 1 (499.0 there, 400.0 now)"]
+
+
+def test_a_folder_of_pairs_is_no_folder_of_pictures(folder):
+    with pytest.raises(UserError, match="holds noise-image pairs, not pictures; .* train gan"):
+        read_layout(folder)

@@ -24,6 +24,8 @@ def test_a_whole_folder_has_no_problems(tmp_path, capsys):
     assert "9 noise-image pairs of 3 prompts, 1 left out" in report.summary()
     assert main(["data", "check", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"]["pairs"] == 9
+    assert main(["data", "check", str(folder), "--smallest", "64"]) == 2
+    assert "--smallest: is about pictures" in capsys.readouterr().err
 
 
 def test_every_kind_of_bad_shard_is_named(tmp_path):
@@ -68,4 +70,8 @@ def test_prompts_of_other_pairs_and_a_smaller_count_are_named(tmp_path):
     (folder / "prompts.jsonl").write_text('{"label": null, "text": "another"}\n')
     problems = found(folder)
     assert problems["prompts.jsonl"][0] == "other settings"
+    (folder / "prompts.jsonl").unlink()
+    kind, message = found(folder)["prompts.jsonl"]
+    assert kind == "missing prompts" and message.endswith("it brings them back.")
+    assert str(folder) not in message
     assert problems["pairs-00002.safetensors"][1].endswith("pairs 10 to 11 are missing")
