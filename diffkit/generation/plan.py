@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: must be at least 1.")
-        if self.guidance is not None and self.guidance < 0:
-            raise UserError(f"--guidance {self.guidance:g}: must not be negative.")
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
+            raise UserError(f"--guidance {self.guidance:g}: must be a number, and not negative.")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: must be from 0 to 2^63 - 1.")
         if self.size is not None:

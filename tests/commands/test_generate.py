@@ -277,6 +277,7 @@ BAD = [
     (("a", "--steps", "0"), "--steps 0: must be at least 1"),
     (("a", "--steps", "many"), "--steps: 'many' is not INT"),
     (("a", "--num", "0"), "--num 0"),
+    (("a", "--guidance", "nan"), "--guidance nan: must be a number"),
     (("a", "--batch-size", "0"), "--batch-size 0"),
     (("a", "--guidance", "-1"), "--guidance -1"),
     (("a", "--negative", "b", "--guidance", "1"), "--negative: does nothing"),
