@@ -25,6 +25,7 @@ from diffkit.data.records import ImageSource
 from diffkit.data.scan import require_captions
 from diffkit.data.stream import StreamedData
 from diffkit.data.trajectories import TrajectoryData
+from diffkit.data.trajectory_store import is_trajectory_folder
 from diffkit.errors import UserError
 from diffkit.generation.card import read_card
 from diffkit.models.classes import Classes
@@ -204,6 +205,11 @@ def build_data(
     """The batches of the run; raises `UserError` for data or a size that cannot be used."""
     if config.trajectories():
         _check_labels(config, model)
+        if not is_trajectory_folder(config.data):
+            raise UserError(
+                f"data: {config.data} holds no pairs of noise and picture; give a folder made by "
+                "`diffkit trajectories`. From pictures `gan` learns with --gan.pictures."
+            )
         pairs = TrajectoryData(config.data, batch_size=config.batch_size, seed=config.seed)
         pairs.check(model)
         return pairs

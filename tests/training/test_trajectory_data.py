@@ -69,5 +69,5 @@ def test_pairs_of_another_latent_space_are_refused(config, tiny_sd, tmp_path):
 
 def test_a_folder_of_pictures_is_refused(config, tiny_sd, tmp_path):
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(UserError, match="give a folder made by `diffkit trajectories`"):
+    with pytest.raises(UserError, match="made by `diffkit trajectories`.* --gan.pictures"):
         build_data(replace(config, data=str(tmp_path / "pictures")), LatentDiffusion.load(tiny_sd))
