@@ -178,14 +178,26 @@ class _Eager(torch.autograd.Function):
 
 
 def _with_gradient(function: Callable[..., Terms], part: tuple[Any, ...]) -> tuple[Terms, Tensor]:
-    """The terms of one chunk without their graph, which ends here, and the first's gradient."""
+    """The terms of one chunk without their graph, which ends here, and the first's gradient.
+
+    Under autocast to float16 the backward pass is that of the loss times 2^12, for which no
+    gradient scaler cares here: gradients of means over many places would be lost on the way.
+    """
     start = part[0].detach().requires_grad_()
+    device = start.device.type
+    scale = 4096.0 if _half_precision(device) else 1.0
     with torch.enable_grad():
         terms = function(start, *part[1:])
-        total = terms[0].sum()
-    with without_autocast(start.device.type):
+        total = terms[0].sum() * scale
+    with without_autocast(device):
         (grad,) = torch.autograd.grad(total, start)
-    return tuple(term.detach() for term in terms), grad
+    return tuple(term.detach() for term in terms), grad / scale
+
+
+def _half_precision(device: str) -> bool:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return False
+    return torch.get_autocast_dtype(device) == torch.float16
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

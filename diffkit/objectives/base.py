@@ -102,7 +102,7 @@ class Objective(Protocol):
         ...
 
     def begin(self, step: int) -> None:
-        """Training step `step` = 0, 1, ... is about to run; after a resume too."""
+        """Training step `step` = 0, 1, ... is about to run; after a resume too. Under autocast."""
         return None
 
     def draw(self, batch: Any, repeat: int) -> Any:

@@ -138,7 +138,7 @@ def matching_loss(
     teacher: TeacherScore,
     follower: Callable[[Tensor, Tensor, Conditioning], Tensor],
 ) -> Loss:
-    """Distribution matching at `draws.score`.
+    """Distribution matching at `draws.direction`.
 
     Arguments:
         schedule: of both networks.
@@ -146,14 +146,14 @@ def matching_loss(
     """
 
     def of(draws: GanDraws, material: GanMaterial) -> Callable[[Tensor, Tensor], Tensor]:
-        score, cond = draws.score, material.given.cond
-        assert score is not None
+        at, cond = draws.direction, material.given.cond
+        assert at is not None
 
         def loss(y: Tensor, x: Tensor) -> Tensor:
             with torch.no_grad():
-                z_t = schedule.add_noise(y, score.eps, score.t)
-                fake = schedule.prediction(follower(z_t, score.t, cond), z_t, score.t).x0
-                real = teacher.x0(z_t, score.t, cond)
+                z_t = schedule.add_noise(y, at.eps, at.t)
+                fake = schedule.prediction(follower(z_t, at.t, cond), z_t, at.t).x0
+                real = teacher.x0(z_t, at.t, cond)
                 direction = distribution_matching_direction(y, fake, real)
             return distribution_matching_loss(y, direction)
 

@@ -57,7 +57,8 @@ class GanDraws:
         batch: trajectories, or pictures.
         noise: z (B, C, h, w); of trajectories the one that led to their end point.
         posterior: of the latents of pictures; None for trajectories.
-        score: to noise generated latents for the scores; None without them.
+        score: to noise generated latents for what follows them; None without it.
+        direction: to noise them for the generator's loss, other than what was just learnt there.
         judged: to noise what a discriminator on features sees; None for one of clean latents.
         replaced: (B,) true where the discriminator sees an unrelated end point as generated.
         penalised: (n,) rows that have the exact R1 penalty in this step; most often none.
@@ -69,6 +70,7 @@ class GanDraws:
     noise: Tensor
     posterior: Tensor | None
     score: Noising | None
+    direction: Noising | None
     judged: Noising | None
     replaced: Tensor
     penalised: Tensor

@@ -14,8 +14,10 @@ The weights w_k keep each reward's gradient at f at a share of the distance's, o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from diffkit.errors import UserError
 from diffkit.models.classes import Classes
 from diffkit.models.codec import Codec
 from diffkit.models.decode import Checkpoint
+from diffkit.models.denoiser import Denoiser
 from diffkit.models.few_step import frozen_teacher
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.tiny_decoder import TinyDecoder, load_tiny_decoder
@@ -74,6 +77,30 @@ def prompts_of(batch: Batch, classes: Classes | None) -> list[str]:
     return [classes.name(number) for number in batch.labels.tolist()]
 
 
+def _check_weighting(reward: RewardConfig, model: LatentDiffusion) -> None:
+    if reward.weighting == "alpha" and model.schedule.prediction_type != "epsilon":
+        raise UserError(
+            f"reward.weighting: alpha takes back what an eps-model amplifies; this model predicts "
+            f"{model.schedule.prediction_type}, whose estimates are not amplified, and would get "
+            "no reward at the noisiest times; leave it out."
+        )
+
+
+def _check_latents(proxy: LatentClip, codec: Codec, place: Path) -> None:
+    """Raise `UserError` for a proxy of another autoencoder's latents, as far as can be told."""
+    shift, scale = (tuple(x.flatten().tolist()) for x in codec.affine(torch.zeros(())))
+    config = proxy.config
+    own, needed = (*config.scale, *config.shift), (*scale, *shift)
+    pairs = zip(own, needed, strict=False)
+    same = len(own) == len(needed) and all(math.isclose(a, b, rel_tol=1e-4) for a, b in pairs)
+    if config.channels != codec.channels or not same:
+        raise UserError(
+            f"{place}: reads latents of {config.channels} channels, scaled by {config.scale} after "
+            f"a shift by {config.shift}; this model's have {codec.channels}, {scale} and {shift}. "
+            "Give one that was made for this model."
+        )
+
+
 def fitted_rows(keys: SampleKeys, share: float, repeat: int) -> tuple[Tensor, Tensor]:
     """(rows (n,), weights (n,)) of the samples that a part `share` of all is drawn of, by address.
 
@@ -118,11 +145,13 @@ class RewardGuidedObjective(ConsistencyObjective):
         self.reward = reward
         self.pictures: PictureRewards | None = None
         self.proxy: LatentProxy | None = None
+        self._read: Denoiser | None = None  # by a proxy
         self.median = RunningMedian()
         self._weights: GradientShare | None = None
         self._refit: ProxyPlayer | None = None
         self._learning_rate = learning_rate
         if reward.active:
+            _check_weighting(reward, model)
             self._guide(rewards, dtype, seed)
 
     def _guide(self, rewards: Sequence[WeightedReward], dtype: torch.dtype, seed: int) -> None:
@@ -163,19 +192,21 @@ class RewardGuidedObjective(ConsistencyObjective):
 
     def _open_proxy(self, dtype: torch.dtype, seed: int) -> LatentProxy:
         model, place = self.model, self.reward.proxy
-        # A head reads features of weights that stay: the student's own are no measure of it.
-        teacher = self._teacher or frozen_teacher(model, dtype)
+
+        def teacher() -> Denoiser:
+            # A head reads features of weights that stay: the student's own are no measure of it.
+            self._read = self._teacher or frozen_teacher(model, dtype)
+            return self._read
+
         if place is not None:
             proxy = load_proxy(place, teacher)
-            if isinstance(proxy, LatentClip) and proxy.config.channels != model.codec.channels:
-                raise UserError(
-                    f"{place}: reads latents of {proxy.config.channels} channels, and this model's "
-                    f"have {model.codec.channels}; give one that was made for this model."
-                )
+            if isinstance(proxy, LatentClip):
+                _check_latents(proxy, model.codec, place)
             return proxy
         size, conditioner = model.default_size, model.conditioner
         cond = conditioner.encode([conditioner.example], (size, size))
-        return new_tap_proxy(teacher, cond.to(teacher.device), seed)
+        network = teacher()
+        return new_tap_proxy(network, cond.to(network.device), seed)
 
     def players(self) -> Mapping[str, nn.Module]:
         """The student, and the proxy that is fitted."""
@@ -202,6 +233,8 @@ class RewardGuidedObjective(ConsistencyObjective):
             self.pictures.to(self._device)
         if self.proxy is not None:
             self.proxy.to(self._device)
+        if self._read is not None:
+            self._read.to(self._device)
 
     # -- what lasts ---------------------------------------------------------------------------
 

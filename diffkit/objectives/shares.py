@@ -75,6 +75,10 @@ class GradientShare:
         return tuple(f"{name}_square" for name in self.names)
 
     def update(self, means: Mapping[str, Tensor]) -> None:
-        """Take in the means of one step over the global batch, each ()."""
-        norms = torch.stack([means[name] for name in self.watched()]).sqrt()
-        self.tensors["norms"].lerp_(norms.to(self.tensors["norms"]), 1 - DECAY)
+        """Take in the means of one step over the global batch, each ().
+
+        A norm that is not finite is left out: an average would never forget it.
+        """
+        averages = self.tensors["norms"]
+        norms = torch.stack([means[name] for name in self.watched()]).sqrt().to(averages)
+        averages.lerp_(torch.where(norms.isfinite(), norms, averages), 1 - DECAY)

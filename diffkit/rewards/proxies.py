@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,11 @@ def load_text(source: str) -> TextTower:
     return TextTower(network.text_model, tokenizer, network.text_projection.weight.detach())
 
 
-def load_proxy(folder: str | os.PathLike[str], denoiser: Denoiser) -> LatentProxy:
+def load_proxy(folder: str | os.PathLike[str], teacher: Callable[[], Denoiser]) -> LatentProxy:
     """The proxy of a folder that `LatentClip.save` or `TapProxy.save` wrote.
 
     Arguments:
-        denoiser: the frozen teacher, whose features a `TapProxy` reads.
+        teacher: gives the frozen teacher, whose features a `TapProxy` reads; others do not ask.
 
     Raises `UserError` for another folder, and where files do not fit.
     """
@@ -127,7 +127,7 @@ def load_proxy(folder: str | os.PathLike[str], denoiser: Denoiser) -> LatentProx
     values = read_json(file) if file.is_file() else None
     with _drawn_from(0):  # initial weights, which those of the file replace
         if isinstance(values, dict) and "taps" in values:
-            return TapProxy.load(path, denoiser)
+            return TapProxy.load(path, teacher())
         if isinstance(values, dict) and "tower" in values:
             return LatentClip.load(path)
     raise UserError(f"{path}: is no latent proxy reward; `diffkit train proxy_reward` makes one.")

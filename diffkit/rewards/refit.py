@@ -158,10 +158,11 @@ class RunningMedian:
         return ("gap", "gap_above")
 
     def update(self, means: Mapping[str, Tensor]) -> None:
-        """Take in the means () of one step's terms over the global batch."""
+        """Take in the means () of one step's terms over the global batch; finite ones alone."""
         gap, above = (means[name].to(self.value) for name in self.watched())
         moved = self.value * torch.exp(self._gain * (above - 0.5))
-        self.value.copy_(torch.where(self.value > 0, moved, gap))
+        found = torch.where(self.value > 0, moved, gap)
+        self.value.copy_(torch.where(gap.isfinite(), found, self.value))
 
 
 def expert_logits(rewards: Tensor, logit_scale: float | None, median: RunningMedian) -> Tensor:

@@ -302,6 +302,9 @@ class TrainConfig:
             if value is not None and not 0 <= value < 1:
                 raise UserError(f"{name}: {value} is not in [0, 1).")
 
+    def check_sharded(self) -> None:
+        """Raise `UserError` for what cannot be while FSDP shards the networks."""
+
     def check_processes(self, processes: int) -> int:
         """Samples of one micro-batch; raises `UserError` when the batch cannot be split evenly."""
         parts = processes * self.accumulation

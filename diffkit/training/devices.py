@@ -31,7 +31,8 @@ def make_accelerator(config: TrainConfig) -> Any:
     """An `accelerate.Accelerator` for this process, as `accelerate launch` set it up.
 
     Raises `UserError` when the launch configuration asks for what this machine or diffkit cannot
-    do: FSDP without a GPU or with validation pictures, FSDP 1, DeepSpeed, fp16 on a CPU.
+    do: FSDP without a GPU, with validation pictures or what the method refuses, FSDP 1, DeepSpeed,
+    fp16 on a CPU.
     """
     from accelerate import Accelerator, DistributedType
     from accelerate.utils import (
@@ -58,6 +59,8 @@ def make_accelerator(config: TrainConfig) -> Any:
         )
     if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("accelerate is configured for FSDP 1; diffkit needs fsdp_version: 2.")
+    if fsdp:
+        config.check_sharded()
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", config.mixed_precision):
         raise UserError(

@@ -212,7 +212,8 @@ class Trainer:
         record = StepRecord(step + 1, epoch, rate, samples=(step + 1) * config.batch_size)
         due = [phase for phase in self.phases if phase.due(step)]
         material: dict[tuple[int, int], tuple[Any, Any]] = {}
-        self.objective.begin(step)
+        with self.accelerator.autocast():
+            self.objective.begin(step)
         for place, phase in enumerate(due):
             self._route(phase)
             self.players[phase.player].set_rate(rate * phase.rate)
@@ -266,8 +267,11 @@ class Trainer:
         norm = self._clip(player)
         record.add_norm(prefix, norm, 1 / (phase.repeats * world))
         player.optimizer.step()
+        skipped = getattr(player.optimizer, "step_was_skipped", False)
         player.optimizer.zero_grad(set_to_none=True)
-        self.objective.stepped(phase.name, self._means(watched))
+        means = self._means(watched)
+        if not skipped:  # by the gradient scaler, after an overflow
+            self.objective.stepped(phase.name, means)
 
     def _means(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sums of the parts over all processes; a collective call where there are any."""

@@ -65,7 +65,6 @@ ARMS: dict[str, dict[str, Any]] = {
         "distance": asset_digests("latent_lpips"),
     },
     "random embedding": {"lcd": {"embedding_init": "default"}},
-    "alpha-weighted": {"reward": DIRECT | {"weighting": "alpha"}},
     "two segments": {"lcd": {"segments": 2}, "sampled": [2]},
     "full resolution": {"reward": DIRECT | {"rewards": "embedded"}},
     "proxy of taps": {"reward": PROXY, "proxy": {"network": "taps"}},

@@ -187,3 +187,21 @@ def test_a_sum_without_grad_mode_only_computes_values() -> None:
     assert total.tolist() == [3.0, 10.0]
     assert values.tolist() == [[1.0, 2.0], [1.0, 4.0]]
     assert not squares.any()
+
+
+def test_small_gradients_survive_float16() -> None:
+    """Gradients of a mean over many places are below float16's smallest number inside a network;
+    no gradient scaler multiplies a loss whose gradient is taken at once."""
+    layer = nn.Conv2d(1, 1, 1, bias=False).requires_grad_(False)
+    layer.weight.fill_(1.0)
+    x = torch.ones(1, 1, 256, 256, requires_grad=True)
+
+    def mean(x: Tensor) -> Tensor:
+        return 1e-3 * layer(x).float().flatten(1).mean(1)
+
+    with torch.autocast("cpu", torch.float16):
+        total, _, squares = eager_sum([mean], torch.ones(1), x, chunks=[None])
+    total.sum().backward()
+    expected = 1e-3 / 256**2  # 1.5e-8; float16 has nothing between 0 and 6e-8
+    torch.testing.assert_close(x.grad, torch.full_like(x, expected), rtol=0.01, atol=0)
+    assert squares.item() == pytest.approx(expected**2 * 256**2, rel=0.02)

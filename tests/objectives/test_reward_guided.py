@@ -3,6 +3,7 @@ prompt belongs to which sample, what the proxy is shown."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from diffkit.errors import UserError
+from diffkit.files import read_json, write_json
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.lora import add_lora
 from diffkit.objectives.consistency import ConsistencyObjective, prepare_student
 from diffkit.objectives.consistency_config import ConsistencyConfig
 from diffkit.objectives.reward_guided import (
@@ -28,6 +31,7 @@ from diffkit.randomness import SampleKeys
 from diffkit.rewards.base import Reward
 from diffkit.rewards.proxies import new_latent_clip
 from diffkit.rewards.spec import load_reward
+from diffkit.rewards.tap_proxy import TapProxy
 from tests.objectives.test_denoising import make_batch
 
 embedded_reward = cache(lambda: load_reward("embedded"))
@@ -75,10 +79,10 @@ def proxy(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def objective(tiny_folder: Callable[[str], Path]) -> Callable[..., RewardGuidedObjective]:
-    """`objective(rewards=..., **flags of the reward)` on the tiny v-prediction model."""
+    """`objective(rewards, source, **flags of the reward)` on the tiny v-prediction model."""
 
-    def made(rewards: Any = None, **flags: Any) -> RewardGuidedObjective:
-        config, model = RewardConfig(**flags), student(tiny_folder("sd-v"))
+    def made(rewards: Any = None, source: str = "sd-v", **flags: Any) -> RewardGuidedObjective:
+        config, model = RewardConfig(**flags), student(tiny_folder(source))
         if rewards is None and config.active and config.mode != "frozen_proxy":
             rewards = [(embedded_reward(), 1.0)]
         method = RewardGuidedObjective(model, ConsistencyConfig(**LCD), config, rewards or ())
@@ -323,15 +327,45 @@ def test_the_proxy_reads_raw_latents_in_both_steps(objective: Any, proxy: Path) 
 
 
 def test_alpha_weights_the_reward_by_the_signal(objective: Any) -> None:
-    method = objective([(Bright(), 1.0)], weighting="alpha", beta=1.0)
+    method = objective([(Bright(), 1.0)], "sd", weighting="alpha", beta=1.0)
     draws, shared = material(method)
     torch.testing.assert_close(shared.factor, method.model.schedule.alpha_sigma(draws.t)[0])
-    plain = step(objective([(Bright(), 1.0)], beta=1.0), None)
+    plain = step(objective([(Bright(), 1.0)], "sd", beta=1.0), None)
     found = step(method, (draws, shared))
     torch.testing.assert_close(found["bright"], plain["bright"])
     torch.testing.assert_close(
         found["bright_square"], plain["bright_square"] * shared.factor.square()
     )
+
+
+def test_alpha_is_for_eps_models(objective: Any) -> None:
+    """Of others it would only take the reward away, all of it where one step starts."""
+    with pytest.raises(UserError, match="reward.weighting: alpha .* predicts v_prediction"):
+        objective([(Bright(), 1.0)], weighting="alpha")
+
+
+def test_a_proxy_of_another_autoencoder_is_refused(
+    objective: Any, proxy: Path, tmp_path: Path
+) -> None:
+    """Two autoencoders of four channels scale their latents differently."""
+    shutil.copytree(proxy, tmp_path / "other")
+    config = read_json(tmp_path / "other" / "config.json")
+    write_json(tmp_path / "other" / "config.json", config | {"scale": [0.13025]})
+    with pytest.raises(UserError, match="scaled by .0.13025"):
+        objective(mode="frozen_proxy", proxy=tmp_path / "other")
+
+
+def test_what_a_proxy_reads_moves_with_it(tiny_folder: Callable[[str], Path]) -> None:
+    """Beside a LoRA there is no other copy of the teacher, and this one stayed on the CPU."""
+    model = LatentDiffusion.load(tiny_folder("sd-v"))
+    add_lora(model, 2, name="default")
+    model = prepare_student(model, ConsistencyConfig(**LCD), True)
+    config = RewardConfig(mode="proxy", beta=1.0)
+    rewards = [(Bright(), 1.0)]
+    method = RewardGuidedObjective(model, ConsistencyConfig(**LCD), config, rewards, "default")
+    method.place(torch.device("meta"))
+    assert isinstance(method.proxy, TapProxy)
+    assert method.proxy._teacher[0].device.type == "meta"
 
 
 def test_a_reward_without_a_scale_is_measured_by_its_running_median(

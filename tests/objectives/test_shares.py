@@ -47,3 +47,14 @@ def test_share_and_weight_exclude_each_other() -> None:
         Share()
     with pytest.raises(ValueError, match="share or a weight"):
         Share(share=0.1, weight=1.0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_an_overflow_is_forgotten_at_once(bad: float) -> None:
+    """One infinite norm once switched a reward off for the rest of the run and its resumes."""
+    shares = GradientShare("main", {"reward": Share(share=0.5)})
+    shares.update(means(main=4.0, reward=4.0))
+    shares.update(means(main=4.0, reward=bad))
+    shares.update(means(main=bad, reward=4.0))
+    weight = shares.weights[1].item()
+    assert 0.2 < weight < 1

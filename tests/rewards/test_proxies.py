@@ -202,7 +202,7 @@ def test_the_temperature_is_bounded_and_can_come_back(proxy):
 
 def test_it_comes_back_from_disk_bit_for_bit(proxy, model, tmp_path):
     proxy.save(tmp_path / "proxy")
-    again = load_proxy(tmp_path / "proxy", model.denoiser)
+    again = load_proxy(tmp_path / "proxy", lambda: model.denoiser)
     assert type(again) is type(proxy) and again.config == proxy.config
     z, words = latents(proxy), told(proxy, model)
     assert torch.equal(again(z, words), proxy(z, words))
@@ -212,13 +212,13 @@ def test_it_comes_back_from_disk_bit_for_bit(proxy, model, tmp_path):
 
 def test_folders_that_are_no_proxy_are_refused(model, clip_folder, tmp_path):
     with pytest.raises(UserError, match="is no latent proxy reward"):
-        load_proxy(tmp_path, model.denoiser)
+        load_proxy(tmp_path, lambda: model.denoiser)
     proxy = make("taps", model, clip_folder)
     proxy.save(tmp_path / "p")
     config = (tmp_path / "p" / "config.json").read_text()
     (tmp_path / "p" / "config.json").write_text(config.replace("mid_block", "middle"))
     with pytest.raises(UserError, match="reads the block middle of its teacher"):
-        load_proxy(tmp_path / "p", model.denoiser)
+        load_proxy(tmp_path / "p", lambda: model.denoiser)
 
 
 def test_text_towers_that_are_not_there_are_refused(tmp_path):

@@ -144,6 +144,16 @@ def test_the_temperature_does_not_depend_on_how_the_batch_is_split():
     assert kept.value == whole.value
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_the_temperature_forgets_an_overflow_at_once(bad):
+    median, overflow = RunningMedian(), {"gap": torch.tensor(bad), "gap_above": torch.tensor(1.0)}
+    median.update(overflow)
+    assert median.known == 0
+    median.update({"gap": torch.tensor(2.0), "gap_above": torch.tensor(0.5)})
+    median.update(overflow)
+    assert median.value == 2
+
+
 def test_equal_rewards_give_no_preference():
     median = RunningMedian()
     rewards = torch.full((4, 3), 7.0)

@@ -139,6 +139,13 @@ def test_what_an_objective_keeps_beside_its_players_comes_back(tmp_path):
     assert torch.equal(second.mean, whole.mean)
 
 
+def test_a_step_begins_in_the_precision_of_the_run(tmp_path):
+    """What is looked at there runs the networks, whose sharded weights are gathered in bf16."""
+    objective = ToyObjective()
+    train(config_for(tmp_path, max_steps=1, mixed_precision="bf16", warmup_steps=0), objective)
+    assert objective.cast
+
+
 def test_a_checkpoint_without_that_state_is_refused(tmp_path):
     train(config_for(tmp_path, max_steps=8), ToyObjective(), stop_in=4)
     path = next((tmp_path / "checkpoints").glob("step-*")) / "state.json"

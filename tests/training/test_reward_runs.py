@@ -50,7 +50,7 @@ def test_a_proxy_is_trained_and_then_fitted_to_the_reward(train, tiny_folder):
     card = (first / "proxy" / "README.md").read_text()
     assert "Latent proxy reward for" in card and "--reward.proxy" in card
     model = LatentDiffusion.load(tiny_folder("sd-v"))
-    proxy = load_proxy(first / "proxy", model.denoiser)
+    proxy = load_proxy(first / "proxy", lambda: model.denoiser)
     z = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     assert proxy(z, proxy.told(["a", "b"], None)).abs().max() <= 1
 
@@ -98,7 +98,7 @@ def test_weight_zero_is_plain_distillation_to_the_bit(train, tmp_path):
 def test_a_head_on_the_teacher_is_trained_beforehand_too(train, tiny_folder):
     first = train("proxy_reward", "--proxy.network", "taps", "--cache-embeddings", name="proxy")
     model = LatentDiffusion.load(tiny_folder("sd-v"))
-    assert load_proxy(first / "proxy", model.denoiser).config.features
+    assert load_proxy(first / "proxy", lambda: model.denoiser).config.features
     words = ("--reward.mode", "proxy", "--reward.proxy", first / "proxy", "--lora-rank", 2)
     assert rows(train("rg_lcd", *words))[-1]["refit/loss"] > 0
     words = ("--reward.mode", "frozen_proxy", "--reward.proxy", first / "proxy")

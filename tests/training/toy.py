@@ -80,10 +80,11 @@ class ToyObjective(Objective):
         self.poison = poison
         self.seen = []
         self.modules = {"net": Regressor(width)}
-        self.mean, self.begun = torch.zeros(()), []
+        self.mean, self.begun, self.cast = torch.zeros(()), [], False
 
     def begin(self, step):
         self.begun.append(step)
+        self.cast = torch.is_autocast_enabled("cpu")
 
     def watched(self):
         return ("loss",)

@@ -25,7 +25,6 @@ ABLATIONS = {
     "random embedding": "the guidance's new input as torch initialises it",
     "two segments": "consistency inside two segments, two steps from edge to edge",
     "LoRA": "rank 16, one guidance scale, online target",
-    "alpha-weighted": "direct reward, weighted by alpha_t",
     "full resolution": "direct reward of the whole 64x64 picture",
     "proxy of taps": "the proxy is a head on the teacher's own encoder",
 }
