@@ -6,8 +6,11 @@
    their captions. 2. Its heads are calibrated: by least squares on a distance of pictures (the
    embedded feature network's, or LPIPS with --target lpips:vgg:FILE), on spoilt pictures of which
    the less spoilt is nearer (--heads order), on people's judgements (--heads people --bapps
-   FOLDER), or not at all (--heads none). OUTPUT gets config.json, model.safetensors and
-   metrics.json; moments of the latents lie beside it in OUTPUT-state and may be removed.
+   FOLDER), or by the one weight for all channels that fits the distance of pictures best (--heads
+   none). OUTPUT gets config.json, model.safetensors and metrics.json.
+
+Moments of the latents and the trunk's checkpoints lie beside it in OUTPUT-state: the same command
+goes on from there, and other heads take the trunk that is there. It may be removed.
 
 The published networks are `--width 64 --layout official --norm bn --size 512` on ImageNet, 100
 epochs with SGD. VGG's own dense head (--dense) is for sets of that kind.
@@ -16,65 +19,31 @@ epochs with SGD. VGG's own dense head (--dense) is for sets of that kind.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffkit.assets import path as asset
 from latent_metric.heads import Pairs, Target, Triples, correlation, people, spoilt
-from latent_metric.pictures import Pictures, encoded, moments
-from numpy.typing import NDArray
+from latent_metric.pictures import Pictures, made_of, moments
+from latent_metric.trunk import TrunkSettings, train_trunk, trunk_folder
 
 from diffkit.console import warn
-from diffkit.errors import UserError
-from diffkit.files import write_json
+from diffkit.errors import RunFailed, UserError
+from diffkit.files import atomic_directory, check_writable, write_json
 from diffkit.models.codec import Codec
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.perceptual.calibration import fit_heads, fit_ranking, set_heads, trunk_distance
-from diffkit.perceptual.latent_classifier import LatentClassifier, shared_label_loss
+from diffkit.perceptual.latent_classifier import LatentClassifier
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig
 from diffkit.perceptual.latent_lpips_io import save_latent_lpips
 from diffkit.perceptual.lpips import load_lpips, lpips_name
 
-Moments = NDArray[np.float16]
-
-
-def train_trunk(
-    pictures: Pictures, kept: Moments, codec: Codec, config: LatentLpipsConfig, args: Any
-) -> LatentClassifier:
-    """AdamW with a cosine rate after a short warm-up, on latents sampled anew in every step."""
-    device = codec.device
-    network = LatentClassifier(config, len(pictures.classes), args.dense).to(device)
-    network.to(memory_format=torch.channels_last)
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    rest = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
-    warm = max(1, args.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + np.cos(np.pi * step / args.steps)),
-    )
-    g, clock = torch.Generator().manual_seed(args.seed), time.monotonic()
-    for step in range(args.steps):
-        rows = torch.randint(len(kept), (args.batch_size,), generator=g)
-        latents = encoded(kept, rows, codec, g).contiguous(memory_format=torch.channels_last)
-        present = pictures.present[rows % len(pictures)].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = network(latents)
-        loss = shared_label_loss(logits, present).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            seconds = time.monotonic() - clock
-            print(f"step {step + 1} {seconds:.0f} s loss {loss.item():.3f}", flush=True)
-    return network.eval()
+PRIOR, EPOCHS = 0.01, 10
 
 
 @torch.no_grad()
@@ -108,11 +77,13 @@ def calibrate(
     """Set the heads as `--heads` says."""
     start = fit_heads(pairs.rows, pairs.target, prior=1e6)  # the best common weight of all channels
     if args.heads == "distance":
-        weights = fit_heads(pairs.rows, pairs.target, args.prior)
+        prior = PRIOR if args.prior is None else args.prior
+        weights = fit_heads(pairs.rows, pairs.target, prior)
     elif args.heads in ("order", "people"):
         chosen = triples if judged is None else judged
+        epochs = EPOCHS if args.epochs is None else args.epochs
         weights = fit_ranking(
-            chosen.m0, chosen.m1, chosen.judge, start=start, epochs=args.epochs, seed=args.seed
+            chosen.m0, chosen.m1, chosen.judge, start=start, epochs=epochs, seed=args.seed
         )
     else:
         weights = start
@@ -154,35 +125,52 @@ def flags() -> argparse.ArgumentParser:
     add("--steps", type=int, default=2000)
     add("--batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=2e-3)
+    add("--checkpoint-every", type=int, default=500, help="steps of the trunk")
     add("--heads", choices=("distance", "order", "people", "none"), default="distance")
     add("--target", default="embedded", help="embedded, lpips:vgg, lpips:vgg:FILE, lpips:alex...")
     add("--bapps", type=Path, help="folder of 2AFC triples, for --heads people")
     add("--pairs", type=int, default=2000, help="spoilt pictures for the heads")
-    add("--prior", type=float, default=0.01, help="pull of the heads to a common weight")
-    add("--epochs", type=int, default=10, help="over the triples")
+    add("--prior", type=float, help=f"of --heads distance: pull to one weight, {PRIOR} by default")
+    add("--epochs", type=int, help=f"of --heads order, people: over triples, {EPOCHS} by default")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     add("--overwrite", action="store_true")
     return parser
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, calibrate, score and save; returns what metrics.json holds."""
+def check(args: argparse.Namespace) -> None:
+    """Raise `UserError` for flags that cannot work or do nothing, and for an output that exists."""
     if (args.heads == "people") != (args.bapps is not None):
         raise UserError("--bapps FOLDER and --heads people go together.")
-    torch.manual_seed(args.seed)
+    if args.prior is not None and args.heads != "distance":
+        raise UserError(f"--prior: does nothing with --heads {args.heads}; leave it out.")
+    if args.epochs is not None and args.heads not in ("order", "people"):
+        raise UserError(f"--epochs: does nothing with --heads {args.heads}; leave it out.")
+    for name in ("size", "width", "views", "steps", "batch_size", "checkpoint_every", "pairs"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1.")
+    if args.output.exists() and not (args.overwrite and args.output.is_dir()):
+        raise UserError(f"{args.output}: exists already; choose another folder or add --overwrite.")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, calibrate, score and save; returns what metrics.json holds."""
+    check(args)
+    state = check_writable(args.output.with_name(args.output.name + "-state"))
     clock = time.monotonic()
     codec = LatentDiffusion.load(args.model, device=args.device).codec
     pictures = Pictures(args.data, args.size, args.label_column)
     tested = pictures
     if args.validation is not None:
         tested = Pictures(args.validation, args.size, args.label_column, pictures.classes)
-    state = args.output.with_name(args.output.name + "-state")
     kept = moments(pictures, codec, args.views, args.seed, state / "moments.npy")
     config = LatentLpipsConfig(
         codec.channels, args.width, args.layout, args.norm, args.augmentation
     )
-    classifier = train_trunk(pictures, kept, codec, config, args)
+    how = TrunkSettings(args.steps, args.batch_size, args.learning_rate, args.dense, args.seed)
+    told = made_of(pictures, codec, args.views, args.seed)
+    folder = trunk_folder(state, told, pictures, config, how)
+    classifier = train_trunk(pictures, kept, codec, config, how, folder, args.checkpoint_every)
     network = classifier.metric()
     target, name = pixel_target(args.target, codec.device)
     pairs, triples = spoilt(pictures, codec, network, target, args.pairs, args.seed)
@@ -203,13 +191,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         classes=len(pictures.classes),
         steps=args.steps,
         heads=args.heads,
-        target=name if args.heads == "distance" else None,
+        target=name if args.heads in ("distance", "none") else None,
         scores={key: scores[key] for key in ("recognised", "rank_correlation", "order")},
     )
-    save_latent_lpips(network, args.output, overwrite=args.overwrite)
-    write_json(args.output / "metrics.json", scores)
+    with atomic_directory(args.output, overwrite=args.overwrite) as place:
+        save_latent_lpips(network, place, overwrite=True)
+        write_json(place / "metrics.json", scores)
     return scores
 
 
+def main(words: Sequence[str] | None = None) -> int:
+    """`run` with these words (default: those of the process); returns the exit code."""
+    args = flags().parse_args(words)
+    try:
+        scores = run(args)
+    except (UserError, RunFailed) as error:
+        print(f"train_latent_lpips: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("train_latent_lpips: interrupted; what was finished is kept.", file=sys.stderr)
+        return 130
+    for name, value in scores.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+    return 0
+
+
 if __name__ == "__main__":
-    print(run(flags().parse_args()))
+    sys.exit(main())

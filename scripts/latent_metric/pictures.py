@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from diffkit.data.folder import ImageFolder
 from diffkit.data.images import read_header
 from diffkit.data.transforms import View, render, to_float
 from diffkit.errors import UserError
+from diffkit.files import TEMPORARY_PREFIX, atomic_write, read_json, write_json
 from diffkit.models.codec import Codec
-from diffkit.randomness import uniform
+from diffkit.randomness import normal, uniform
 
-__all__ = ["Pictures", "encoded", "moments"]
+__all__ = ["Pictures", "encoded", "made_of", "moments"]
 
 FEWEST = 8
 """Captions that must have a word for it to be a class."""
@@ -99,32 +101,46 @@ class Pictures:
             yield to_float([self.view(int(row), number, seed) for row in rows])
 
 
+def made_of(pictures: Pictures, codec: Codec, views: int, seed: int) -> str:
+    """Hash of everything that decides `moments`: the autoencoder, the files and their views.
+
+    A file counts as changed by its size or its time of change.
+    """
+    files = [pictures.source.identity(index) for index in range(len(pictures))]
+    told = [codec.fingerprint(), pictures.size, LARGEST, views, seed, files]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+
+
 @torch.no_grad()
 def moments(
     pictures: Pictures, codec: Codec, views: int, seed: int, file: Path, batch: int = 16
 ) -> NDArray[np.float16]:
-    """Moments of `views` views of each picture, (views N, 2C, h, w), in a memory map; made once."""
-    channels, *sides = codec.latent_shape(pictures.size, pictures.size)
-    shape = (views * len(pictures), 2 * channels, *sides)
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        with open(partial, "wb") as target:
+    """Moments of `views` views of each picture, (views N, 2C, h, w), in a memory map.
+
+    They are made once; anew where those in `file` are not of the same pictures, autoencoder and
+    views, as the .json beside it says.
+    """
+    note, told = file.with_suffix(".json"), {"made_of": made_of(pictures, codec, views, seed)}
+    if not (file.is_file() and note.is_file() and read_json(note) == told):
+        note.unlink(missing_ok=True)
+        for left in file.parent.glob(f"{TEMPORARY_PREFIX}*"):  # of a call that was killed
+            left.unlink()
+        channels, *sides = codec.latent_shape(pictures.size, pictures.size)
+        shape = (views * len(pictures), 2 * channels, *sides)
+        with atomic_write(file) as target:
             header = {"descr": "<f2", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_2_0(target, header)
             for number in range(views):
                 for images in pictures.batches(number, seed, batch):
                     found = codec.encode_moments(images.to(codec.device))
                     target.write(found.half().cpu().numpy().tobytes())
-        os.replace(partial, file)
+        write_json(note, told)
     kept: NDArray[np.float16] = np.load(file, mmap_mode="r")
-    if kept.shape != shape:
-        raise UserError(f"{file}: holds {kept.shape}, not {shape}: of other data. Remove it.")
     return kept
 
 
-def encoded(kept: NDArray[np.float16], rows: Tensor, codec: Codec, g: torch.Generator) -> Tensor:
-    """Latents (b, C, h, w) of rows of `moments`, sampled anew."""
+def encoded(kept: NDArray[np.float16], rows: Tensor, codec: Codec, seed: int, step: int) -> Tensor:
+    """Latents (b, C, h, w) of rows of `moments`, sampled anew in each step, by address."""
     found = torch.from_numpy(kept[rows.numpy()]).to(codec.device).float()
-    eps = torch.randn((len(rows), codec.channels, *kept.shape[2:]), generator=g)
+    eps = normal((len(rows), codec.channels, *kept.shape[2:]), seed, step, "latents")
     return codec.sample(found, eps.to(codec.device))

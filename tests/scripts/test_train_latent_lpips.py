@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,17 @@ import pytest
 import torch
 import train_latent_lpips
 from diffkit.assets import path
+from diffusers import AutoencoderKL
 from latent_metric.corruptions import LATENT_KINDS, PICTURE_KINDS
 from latent_metric.heads import correlation
-from latent_metric.pictures import Pictures
+from latent_metric.pictures import Pictures, made_of, moments
+from latent_metric.trunk import TrunkSettings, train_trunk, trunk_folder
 from PIL import Image
 
 from diffkit.errors import UserError
 from diffkit.files import read_json
+from diffkit.models.codec import Codec
+from diffkit.perceptual.latent_lpips import LatentLpipsConfig
 from diffkit.perceptual.latent_lpips_io import load_latent_lpips
 
 
@@ -79,22 +85,99 @@ def test_correlations() -> None:
     assert correlation(x, -x) == -1
 
 
-def run(output: Path, *words: str) -> dict:
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec(AutoencoderKL.from_pretrained(path("model") / "vae").eval())
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Pictures:
+    """Two of each of two classes."""
+    for i in range(4):
+        write(tmp_path / "data" / ("cat", "dog")[i % 2] / f"{i}.png", i)
+    return Pictures(tmp_path / "data", 64)
+
+
+def test_latents_of_other_data_or_draws_are_not_taken(pictures, codec, tmp_path: Path) -> None:
+    """Same shapes throughout: only what the moments were made of differs."""
+    file = tmp_path / "state" / "moments.npy"
+
+    def made(seed: int = 0) -> tuple[np.ndarray, int]:
+        kept = np.array(moments(pictures, codec, 2, seed, file))
+        return kept, file.stat().st_mtime_ns
+
+    first, time = made()
+    assert first.shape == (8, 16, 16, 16) and made()[1] == time
+    other, _ = made(seed=1)
+    assert (other[:4] == first[:4]).all() and (other[4:] != first[4:]).any()  # view 0 has no draws
+    again, _ = made()
+    assert (again == first).all()
+    edited = pictures.source.encoded(0)
+    write(edited, 9)
+    os.utime(edited, ns=(0, 0))
+    changed, _ = made()
+    assert (changed[0] != first[0]).any() and (changed[1] == first[1]).all()
+
+
+def test_a_trunk_goes_on_bit_by_bit(pictures, codec, tmp_path: Path, capsys) -> None:
+    """Dropout of the dense head included; of other settings there is nothing to go on from."""
+    config = LatentLpipsConfig(codec.channels, 4)
+    how = TrunkSettings(steps=4, batch_size=2, learning_rate=1e-2, dense=True, seed=3)
+    told = made_of(pictures, codec, 1, 3)
+    kept = moments(pictures, codec, 1, 3, tmp_path / "moments.npy")
+    folder = trunk_folder(tmp_path, told, pictures, config, how)
+    straight = train_trunk(pictures, kept, codec, config, how, folder, every=2).state_dict()
+    shutil.rmtree(folder / "step-00000004")
+    capsys.readouterr()
+    resumed = train_trunk(pictures, kept, codec, config, how, folder, every=2).state_dict()
+    assert "goes on from step 2" in capsys.readouterr().err
+    assert all(resumed[name].equal(value) for name, value in straight.items())
+    whole = train_trunk(pictures, kept, codec, config, how, folder, every=2).state_dict()
+    assert all(whole[name].equal(value) for name, value in straight.items())
+    other = TrunkSettings(steps=5, batch_size=2, learning_rate=1e-2, dense=True, seed=3)
+    assert trunk_folder(tmp_path, told, pictures, config, other) != folder
+
+
+def arguments(output: Path, *words: str) -> list[str]:
     small = ["--width", "4", "--views", "1", "--steps", "3", "--pairs", "160", "--batch-size", "8"]
-    arguments = ["--data", str(path("sample")), "--output", str(output), *small, *words]
-    return train_latent_lpips.run(train_latent_lpips.flags().parse_args(arguments))
+    return ["--data", str(path("sample")), "--output", str(output), *small, *words]
+
+
+def run(output: Path, *words: str) -> dict:
+    return train_latent_lpips.run(train_latent_lpips.flags().parse_args(arguments(output, *words)))
+
+
+def test_what_cannot_be_is_refused_in_a_line_before_any_work(tmp_path: Path, capsys) -> None:
+    (tmp_path / "net").mkdir()
+    for output, words, message in (
+        ("net", [], "exists already; choose another folder or add --overwrite"),
+        ("new", ["--heads", "people"], "--bapps FOLDER and --heads people go together"),
+        ("new", ["--heads", "order", "--prior", "0.1"], "--prior: does nothing with --heads order"),
+        ("new", ["--epochs", "2"], "--epochs: does nothing with --heads distance"),
+        ("new", ["--steps", "0"], "--steps: must be at least 1"),
+    ):
+        assert train_latent_lpips.main(arguments(tmp_path / output, *words)) == 2
+        said = capsys.readouterr()
+        assert message in said.err and said.err.count("\n") == 1 and not said.out
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 @pytest.mark.slow
-def test_a_network_is_trained_and_saved(tmp_path: Path) -> None:
+def test_a_network_is_trained_and_saved(tmp_path: Path, capsys) -> None:
     """Three steps on the embedded sample give a distance that knows the stronger corruption."""
     scores = run(tmp_path / "net")
     network = load_latent_lpips(tmp_path / "net")
     assert network.config.channels == 8 and network.config.provenance["autoencoder"] == "embedded"
     assert all((head >= 0).all() for head in network.heads)
     assert scores["order"] > 0.8 and read_json(tmp_path / "net" / "metrics.json") == scores
-    with pytest.raises(UserError):
-        run(tmp_path / "net")
+    kept = (tmp_path / "net-state" / "moments.npy").stat().st_mtime_ns
+    words = ["--heads", "none", "--overwrite"]
+    assert train_latent_lpips.main(arguments(tmp_path / "net", *words)) == 0
+    said = capsys.readouterr()
+    assert "goes on from step 3" in said.err and "rank correlation: " in said.out
+    assert (tmp_path / "net-state" / "moments.npy").stat().st_mtime_ns == kept
+    common = load_latent_lpips(tmp_path / "net")
+    assert all(head.allclose(head[0]) for head in common.heads)
 
 
 @pytest.mark.slow
@@ -109,8 +192,3 @@ def test_the_other_heads(tmp_path: Path, heads: str) -> None:
             np.save(tmp_path / "bapps" / "judge" / f"{i:06d}.npy", np.array([0.2 * (i % 5)]))
         words += ["--bapps", str(tmp_path / "bapps")]
     assert run(tmp_path / "net", *words)["order"] > 0.5
-
-
-def test_people_need_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="go together"):
-        run(tmp_path / "net", "--heads", "people")
