@@ -11,19 +11,28 @@ where there is one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from runner.experiment import Cell, Experiment, Results, digest
+from diffusion_to_gan_parts.arms import (
+    ARMS,
+    BEST,
+    FIRST,
+    HUBER,
+    LADDER,
+    MSE,
+    PLAIN_METRIC,
+)
+from diffusion_to_gan_parts.report import draw, text
+from runner.experiment import Cell, Experiment, digest
 from runner.inputs import FEATURES, asset_digests
-from runner.intervals import paired_difference
 from runner.main import main
 from runner.open_captions import KINDS, open_caption, open_pictures, open_teacher
 from runner.open_captions import TEACHER as TRAINED
 from runner.pairs import pair_folder
-from runner.report import MORE, Measure, contrast_table, interval_text
-from runner.students import Asked, Judge, decoded, encoded_strip, few_step_latents, strip
+from runner.students import Asked, Judge, decoded, encoded_strip, few_step_latents
 from runner.work import INTERRUPTED, Interrupted, claim
 
 from diffkit.data.trajectories import TrajectoryBatch, TrajectoryData
@@ -36,68 +45,6 @@ from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig
 from diffkit.training.diffusion_gan import GanTraining
 from diffkit.training.launch import train
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-TEACHER, BARE = "teacher", "teacher, 1 step"
-BEST = "E-LatentLPIPS"
-MSE, HUBER, PLAIN_METRIC, LPL = "MSE", "pseudo-Huber", "LatentLPIPS", "decoder features"
-ON, FULL = "regression on", "full"
-ALONE: dict[str, Any] = {"discriminator": "none"}
-WARMED: dict[str, Any] = {"warmup": 40}
-BARELY: dict[str, Any] = {"noise_input": False, "multiscale": False, "mismatch": 0.0, "r1": "none"}
-JUDGED: dict[str, Any] = WARMED | BARELY
-SCALES: dict[str, Any] = {**JUDGED, "noise_input": True, "multiscale": True}
-WHOLE: dict[str, Any] = {**SCALES, "mismatch": 0.25, "r1": "exact"}
-
-TEACHERS: dict[str, dict[str, Any]] = {
-    TEACHER: {"sampling_steps": None},
-    BARE: {"sampling_steps": 1},
-}
-REGRESSIONS: dict[str, dict[str, Any]] = {
-    MSE: {"gan": {**ALONE, "regression": "mse"}},
-    HUBER: {"gan": {**ALONE, "regression": "huber"}},
-    PLAIN_METRIC: {"gan": {**ALONE, "regression": "latentlpips"}},
-    BEST: {"gan": ALONE},
-    LPL: {"gan": {**ALONE, "regression": "lpl"}},
-}
-LADDER: dict[str, dict[str, Any]] = {
-    ON: {"gan": ALONE},
-    "discriminator": {"gan": JUDGED},
-    "+ noise": {"gan": {**JUDGED, "noise_input": True}},
-    "+ multi-scale": {"gan": SCALES},
-    "+ mix-and-match": {"gan": {**WHOLE, "r1": "none"}},
-    FULL: {"gan": WHOLE},
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "approximated R1": {"gan": {**WHOLE, "r1": "approximate"}},
-    "DMD2": {"gan": {**WHOLE, "dmd": True}, "dmd": {"updates": 2}},
-    "on MSE": {"gan": {**WHOLE, "regression": "mse"}, "start": MSE},
-}
-FIRST: dict[str, Any] = {"steps": 1200, "batch_size": 16, "learning_rate": 2e-4}
-SECOND: dict[str, Any] = {"steps": 240, "batch_size": 8, "learning_rate": 1e-4}
-SECOND |= {"start": BEST, "first": FIRST}
-ARMS: dict[str, dict[str, Any]] = {
-    **TEACHERS,
-    **REGRESSIONS,
-    **{arm: {**SECOND, **values} for arm, values in (LADDER | VARIANTS).items()},
-}
-MEANING = {
-    MSE: "squared error of the latents",
-    HUBER: "pseudo-Huber of the latents",
-    PLAIN_METRIC: "LatentLPIPS, the same network without random maps",
-    BEST: "E-LatentLPIPS",
-    LPL: "features of the decoder (latent perceptual loss)",
-    ON: f"{BEST} alone, for as many steps more",
-    "discriminator": "a discriminator with heads at the last scale, told the prompt alone",
-    "+ noise": "it is told the noise too",
-    "+ multi-scale": "inputs and heads at every scale",
-    "+ mix-and-match": "a quarter of what it sees as generated are other pairs' true latents",
-    FULL: "and R1 of a single sample at every 16th step: the whole method",
-    "approximated R1": "the whole method, R1 by noise and not by second derivatives",
-    "DMD2": "the whole method and distribution matching",
-    "on MSE": f"the whole method, from the {MSE} student and with that regression",
-}
 SETTINGS: dict[str, Any] = {
     "data": "t2i-64-open",
     "teacher": TRAINED,
@@ -114,15 +61,6 @@ SCORING: dict[str, Any] = {
     "seed": 1,
     "shown": 12,
 }
-MEASURES = (
-    Measure("kernel", "kernel distance to the pictures", ".4f"),
-    Measure("concept", "concept, by the feature network", ".1%"),
-    Measure("style", "style, by the feature network", ".1%"),
-    Measure("energy", "power from half Nyquist on, over the teacher's", ".3f"),
-    Measure("latent_error", "squared error to the teacher's latents", ".4f"),
-    Measure("perceptual", "perceptual distance to the teacher's picture", ".3f"),
-    Measure("diversity", "diversity of a caption, over the teacher's", ".3f"),
-)
 
 
 # -- making -------------------------------------------------------------------------------------
@@ -249,129 +187,6 @@ def logged(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {f"run {name}": sum(row[name] for row in last) / len(last) for name in sorted(numbers)}
 
 
-# -- telling ------------------------------------------------------------------------------------
-
-
-def table(results: Results, arms: Sequence[str], baseline: str) -> Iterator[str]:
-    """A line an arm: means over its seeds, and how the kernel distance differs from a baseline."""
-    heads = [measure.label for measure in MEASURES]
-    yield f"| student | seeds | {' | '.join(heads)} | kernel distance - {baseline}, 95 % |"
-    yield "| --- " * (len(heads) + 3) + "|"
-    for arm in arms:
-        if not (seeds := results.seeds(arm)):
-            continue
-        cells = []
-        for measure in MEASURES:
-            column = results.column(arm, measure.key, seeds)
-            cells.append(format(sum(column) / len(column), measure.form))
-        yield f"| {arm} | {len(seeds)} | {' | '.join(cells)} | {against(results, arm, baseline)} |"
-
-
-def against(results: Results, arm: str, baseline: str) -> str:
-    """The difference of the kernel distance with its interval; empty for the baseline itself."""
-    seeds = results.seeds(arm, baseline)
-    if arm == baseline or not seeds:
-        return ""
-    columns = [results.column(name, "kernel", seeds) for name in (arm, baseline)]
-    return interval_text(paired_difference(*columns), ".4f")
-
-
-def mean(results: Results, arm: str, key: str) -> float:
-    """Of one measure over the seeds of an arm."""
-    column = results.column(arm, key, results.seeds(arm))
-    return float(sum(column) / len(column))
-
-
-def verdicts(results: Results) -> list[str]:
-    """Which regression is nearest to the pictures, which blurs most, and what the whole adds."""
-    found = [arm for arm in REGRESSIONS if results.seeds(arm)]
-    lines = []
-    if found:
-        nearest = min(found, key=lambda arm: mean(results, arm, "kernel"))
-        blurred = min(found, key=lambda arm: mean(results, arm, "energy"))
-        closest = min(found, key=lambda arm: mean(results, arm, "latent_error"))
-        lines.append(
-            f"Of the regressions {nearest} has the least kernel distance, {blurred} the least "
-            f"power at high frequencies, {closest} the least error of latents."
-        )
-    seeds = results.seeds(FULL, ON)
-    if len(seeds) > 1:
-        columns = [results.column(arm, "kernel", seeds) for arm in (FULL, ON)]
-        difference = paired_difference(*columns)
-        word = "less" if difference.high < 0 else "more" if difference.low > 0 else "undecided"
-        lines.append(
-            f"Against as many steps of regression more, the whole method's kernel distance is "
-            f"{word}: {interval_text(difference, '.4f')}."
-        )
-    return lines
-
-
-def teachers(results: Results) -> list[str]:
-    """The teacher's own numbers, as a sentence each."""
-    lines = []
-    for arm, name in ((TEACHER, "the teacher itself"), (BARE, "the teacher in one step")):
-        if (arm, 0) in results.values:
-            values = results.values[arm, 0]
-            told = [f"{m.label} {format(values[m.key], m.form)}" for m in MEASURES]
-            lines.append(f"For {name}: {', '.join(told)}.")
-    return lines
-
-
-def text(results: Results) -> str:
-    """The two ladders with their intervals, then the arms of one seed and every contrast."""
-    settings, scoring = EXPERIMENT.settings, EXPERIMENT.scoring
-    pairs = settings["pairs"]
-    devices = sorted({values["device"] for values in results.values.values()})
-    lines = [
-        "The teacher is the embedded model trained on with captions that name a concept alone, or "
-        "a style and a background alone. One-step students of it, all weights, are trained on "
-        f"{pairs['count']} pairs of noise and end point of its DDIM sampler ({pairs['steps']} "
-        f"steps, guidance {pairs['guidance']:g}): {settings['steps']} steps of "
-        f"{settings['batch_size']} pairs by regression alone; then, from the {BEST} student of "
-        f"the same seed, {SECOND['steps']} steps of {SECOND['batch_size']} with a discriminator. "
-        f"Measured on all captions with {scoring['noises']} noises each that no student has seen, "
-        "beside the teacher's end points of the same noises. "
-        f"Made on {', '.join(devices)}. "
-        "t-intervals of differences, paired by seed.",
-        "",
-        *table(results, list(REGRESSIONS), BEST),
-        "",
-        *table(results, list(LADDER), ON),
-        "",
-        *verdicts(results),
-        *teachers(results),
-        "",
-        f"The figure: the teacher in {pairs['steps']} steps, then students in one, from the same "
-        "noises.",
-        "",
-        MORE,
-        "",
-        *(f"* {arm}: {meaning}." for arm, meaning in MEANING.items()),
-        "",
-        "Arms of one seed:",
-        "",
-        *table(results, list(VARIANTS), FULL),
-    ]
-    steps = list(LADDER)
-    contrasts = [(BEST, MSE), (FULL, ON), *zip(steps[1:], steps[:-1], strict=True)]
-    for arm, baseline in contrasts:
-        lines += ["", *contrast_table(results, arm, baseline, MEASURES)]
-    return "\n".join(lines)
-
-
-SHOWN = (TEACHER, MSE, BEST, FULL)
-
-
-def draw(results: Results, figure: Figure) -> None:
-    """Rows of pictures from the same noises: the teacher, then students."""
-    rows = [arm for arm in SHOWN if (arm, 0) in results.values]
-    panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0] if rows else []
-    for panel, arm in zip(panels, rows, strict=True):
-        panel.imshow(strip(results.values[arm, 0]["pictures"]), interpolation="nearest")
-        panel.set(xticks=[], yticks=[])
-        panel.set_ylabel(arm, rotation=0, ha="right", va="center")
-
-
 MAIN = (MSE, HUBER, PLAIN_METRIC, BEST, *LADDER)
 EXPERIMENT = Experiment(
     name="diffusion_to_gan",
@@ -381,7 +196,7 @@ EXPERIMENT = Experiment(
     settings=SETTINGS,
     scoring=SCORING,
     run=run,
-    text=text,
+    text=partial(text, settings=SETTINGS, scoring=SCORING),
     draw=draw,
     fewer={arm: (0,) for arm in ARMS if arm not in MAIN},
 )

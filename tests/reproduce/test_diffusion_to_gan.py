@@ -11,12 +11,12 @@ import diffusion_to_gan
 import pytest
 import torch
 from diffkit.assets import path
-from diffusion_to_gan import (
+from diffusion_to_gan import EXPERIMENT, asked_of
+from diffusion_to_gan_parts.arms import (
     ALONE,
     ARMS,
     BARE,
     BEST,
-    EXPERIMENT,
     FULL,
     LADDER,
     LPL,
@@ -24,8 +24,8 @@ from diffusion_to_gan import (
     MSE,
     ON,
     TEACHERS,
-    asked_of,
 )
+from diffusion_to_gan_parts.report import MEASURES
 from matplotlib.figure import Figure
 from runner.experiment import Cell, Experiment, Results
 from runner.pairs import pair_folder
@@ -156,14 +156,14 @@ def known() -> Results:
         for seed in EXPERIMENT.fewer.get(arm, EXPERIMENT.seeds):
             kernel = 0.2 if arm == BEST else 0.15 if arm == FULL else 0.3
             kernel = 0.19 if arm == ON else kernel
-            values = {measure.key: 0.5 for measure in diffusion_to_gan.MEASURES}
+            values = {measure.key: 0.5 for measure in MEASURES}
             values |= {"energy": 0.2 if arm == MSE else 0.9, "kernel": kernel + 0.001 * seed}
             cells[arm, seed] = {"n": 4, "device": "cuda", "pictures": strips, **values}
     return Results(cells)
 
 
 def test_the_tables_say_what_the_results_say() -> None:
-    lines = diffusion_to_gan.text(known()).splitlines()
+    lines = EXPERIMENT.text(known()).splitlines()
     rows = {arm: [line for line in lines if line.startswith(f"| {arm} | ")] for arm in ARMS}
     assert all(len(rows[arm]) == 1 for arm in ARMS if arm not in TEACHERS)
     assert rows[MSE][0].startswith("| MSE | 3 | 0.3010 | 50.0% | 50.0% | 0.200 |")
@@ -177,9 +177,9 @@ def test_the_tables_say_what_the_results_say() -> None:
 
 def test_the_figure_is_drawn_from_results_alone() -> None:
     figure = Figure()
-    diffusion_to_gan.draw(known(), figure)
+    EXPERIMENT.draw(known(), figure)
     assert len(figure.axes) == 4
-    diffusion_to_gan.draw(Results({}), Figure())
+    EXPERIMENT.draw(Results({}), Figure())
 
 
 def test_the_ladder_adds_one_thing_at_a_time() -> None:

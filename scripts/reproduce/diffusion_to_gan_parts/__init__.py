@@ -1,0 +1,1 @@
+"""What `diffusion_to_gan.py` is made of."""
