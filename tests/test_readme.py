@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,6 +18,14 @@ def test_the_python_example_runs(tiny_sd: Path) -> None:
     names: dict[str, object] = {}
     exec(source, names)
     assert names["image"].shape == (1, 3, 32, 32)
+
+
+def test_the_example_of_a_distance_of_latents_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (source,) = (block for block in blocks if "ELatentLpips" in block)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    assert names["loss"].shape == (4,) and (names["loss"] > 0).all()
 
 
 def test_every_command_is_in_the_table() -> None:

@@ -48,8 +48,8 @@ class EvaluateConfig:
     metrics: tuple[str, ...] = ()
     """Names of metrics or groups; default everything that the inputs allow. Metrics: frechet,
     kernel, precision, recall, density, coverage, alignment, retrieval, concept, style, background,
-    diversity, vendi, high_frequency, psnr, ssim, lpips, cost, and reward:NAME for
-    a reward, such as reward:hpsv2 or reward:hpsv2:PATH; groups: quality, text, variety, pairs,
+    diversity, vendi, high_frequency, psnr, ssim, latent_lpips, lpips, cost, and reward:NAME for a
+    reward, such as reward:hpsv2 or reward:hpsv2:PATH; groups: quality, text, variety, pairs,
     all."""
 
     num: int | None = None
