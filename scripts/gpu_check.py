@@ -82,17 +82,6 @@ def picture(model: LatentDiffusion, noise: torch.Tensor, steps: int) -> torch.Te
     return model.codec.decode(denoise(model.denoiser, model, noise, steps))
 
 
-def seconds_of(call: Callable[[], object], repeats: int = 3) -> float:
-    """Median seconds of a call, after one call to warm up."""
-    call()
-    took = []
-    for _ in range(repeats):
-        start = paired.synchronized_time()
-        call()
-        took.append(paired.synchronized_time() - start)
-    return statistics.median(took)
-
-
 def generate(setting: Setting) -> dict[str, Any]:
     """Guided steps and decoding, one image and eight, in bf16: seconds and memory."""
     model = setting.model(torch.bfloat16)
@@ -101,7 +90,7 @@ def generate(setting: Setting) -> dict[str, Any]:
         noise = setting.noise(model, count)
 
         with torch.no_grad():
-            seconds = seconds_of(partial(picture, model, noise, setting.steps))
+            seconds = paired.seconds_of(partial(picture, model, noise, setting.steps))
         rows.append({"batch": count, "seconds": seconds, "peak_bytes": paired.peak_memory()})
     return {"steps": setting.steps, "dtype": "bfloat16", "rows": rows}
 
@@ -120,7 +109,7 @@ def attention(setting: Setting) -> dict[str, Any]:
         latents = denoise(model.denoiser, model, noise, setting.steps)
         exact = latents if exact is None else exact
         difference = ((latents - exact).norm() / exact.norm()).item()
-        seconds = seconds_of(partial(denoise, model.denoiser, model, noise, setting.steps))
+        seconds = paired.seconds_of(partial(denoise, model.denoiser, model, noise, setting.steps))
         rows[name] = {"seconds": seconds, "relative_difference": difference}
         if difference > 0.05:
             raise AssertionError(f"attention {name} differs from classic by {difference:.3f}")

@@ -70,7 +70,7 @@ def trajectories(setting: Setting) -> dict[str, Any]:
     if made["dropped"] or not found["passed"]:
         raise AssertionError(f"made {made}, made anew {found}")
     teacher = teacher_of(setting)
-    seconds = timed(partial(teacher.end_points, range(8)), 3) / 8
+    seconds = paired.seconds_of(partial(teacher.end_points, range(8))) / 8
     return {
         "steps": setting.steps,
         "pairs": made,
@@ -97,17 +97,6 @@ def teacher_of(setting: Setting) -> Teacher:
     model = setting.model(torch.bfloat16)
     words: dict[str, Any] = {"count": 8, "seed": 0, "shard": 8, "guidance": 2.0}
     return Teacher(model, header_of(model, prompts, steps=setting.steps, **words), prompts)
-
-
-def timed(call: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call, after one to warm up."""
-    call()
-    took = []
-    for _ in range(repeats):
-        start = paired.synchronized_time()
-        call()
-        took.append(paired.synchronized_time() - start)
-    return statistics.median(took)
 
 
 # -- training steps -----------------------------------------------------------------------------

@@ -36,6 +36,7 @@ __all__ = [
     "peak_memory",
     "ratio",
     "save",
+    "seconds_of",
     "turns",
 ]
 
@@ -127,6 +128,17 @@ def synchronized_time() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def seconds_of(call: Callable[[], object], repeats: int = 3) -> float:
+    """Median seconds of a call, after one call to warm up."""
+    call()
+    took = []
+    for _ in range(repeats):
+        start = synchronized_time()
+        call()
+        took.append(synchronized_time() - start)
+    return statistics.median(took)
 
 
 def command(argv: Sequence[str]) -> Callable[[], None]:
