@@ -20,8 +20,13 @@ __all__ = [
     "frozen_teacher",
     "one_step",
     "phased_scheduler",
+    "scheduler_options",
     "with_guidance_embedding",
 ]
+
+# The student is trained without limits of x0, which a base model's config may have.
+_UNLIMITED = {"clip_sample": False, "thresholding": False}
+_PHASED = {"timestep_spacing": "trailing", "set_alpha_to_one": True} | _UNLIMITED
 
 
 def consistency_scheduler(model: LatentDiffusion, original_steps: int) -> Any:
@@ -46,7 +51,7 @@ def consistency_scheduler(model: LatentDiffusion, original_steps: int) -> Any:
         if kind == "flow":
             return FlowMatchLCMScheduler.from_config(config)
         return LCMScheduler.from_config(
-            config, original_inference_steps=original_steps, clip_sample=False, thresholding=False
+            config, original_inference_steps=original_steps, **_UNLIMITED
         )
 
 
@@ -58,13 +63,22 @@ def phased_scheduler(model: LatentDiffusion) -> Any:
     if model.schedule.kind == "flow":
         return model.scheduler
     with quiet_libraries():
-        return DDIMScheduler.from_config(
-            model.scheduler.config,
-            timestep_spacing="trailing",
-            set_alpha_to_one=True,
-            clip_sample=False,
-            thresholding=False,
-        )
+        return DDIMScheduler.from_config(model.scheduler.config, **_PHASED)
+
+
+def scheduler_options(scheduler: Any) -> dict[str, Any] | None:
+    """What a scheduler of this module has other than the config that it was made from.
+
+    `type(scheduler).from_config(config, **options)` makes it again, in stock diffusers. None for
+    one of another class, which is a model's own.
+    """
+    steps = scheduler.config.get("original_inference_steps")
+    made = {
+        "LCMScheduler": {"original_inference_steps": steps} | _UNLIMITED,
+        "DDIMScheduler": _PHASED,
+        "FlowMatchLCMScheduler": {},
+    }
+    return made.get(type(scheduler).__name__)
 
 
 def with_guidance_embedding(
@@ -102,16 +116,15 @@ def frozen_teacher(
         drop_embedding: leave out the guidance embedding that `with_guidance_embedding` put in.
     """
     network: Any = copy.deepcopy(model.denoiser.model)
+    if getattr(network, "is_gradient_checkpointing", False):
+        network.disable_gradient_checkpointing()  # without gradients there is nothing to spare
     family = model.family
     if drop_embedding:
         network.time_embedding.cond_proj = None
         network.register_to_config(time_cond_proj_dim=None)
         family = replace(family, capabilities=family.capabilities | {"cfg"})  # it comes back
     teacher = Denoiser(network, family, model.schedule)
-    if dtype != model.dtype:
-        with quiet_libraries():
-            network.to(dtype)
-    return teacher.requires_grad_(False).eval()
+    return teacher.to(dtype).requires_grad_(False).eval()
 
 
 def one_step(

@@ -108,7 +108,14 @@ class LatentDiffusion:
         return self._pipeline.scheduler
 
     def set_scheduler(self, scheduler: Any) -> None:
-        """Save and sample with another scheduler from now on; `schedule` is read out of it."""
+        """Save and sample with another scheduler from now on; `schedule` is read out of it.
+
+        The model becomes one of its family's first pipeline class: a `DDIMPipeline` turns whatever
+        scheduler it is loaded with into a `DDIMScheduler`.
+        """
+        if type(self._pipeline).__name__ in self.family.siblings:
+            wanted = self.family.pipeline_class(self.family.kind)
+            self._pipeline = wanted(**self._pipeline.components)
         self._pipeline.register_modules(scheduler=scheduler)
         self.schedule = Schedule.from_scheduler(scheduler, self.family.flow_spacing)
         self.denoiser.schedule = self.schedule

@@ -27,6 +27,7 @@ unknown one is then its prior mean, zero; nothing is ever inf.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -267,7 +268,8 @@ class Schedule:
                 "EDMEulerScheduler and EDMDPMSolverMultistepScheduler."
             )
         # DDIM's own table: other schedulers of the same config nudge the last entry off zero.
-        ddim = DDIMScheduler.from_config(config)
+        known = {"_class_name", *inspect.signature(DDIMScheduler.__init__).parameters}
+        ddim = DDIMScheduler.from_config({k: v for k, v in config.items() if k in known})
         table = torch.cat([ddim.alphas_cumprod, ddim.final_alpha_cumprod.reshape(1)])
         kind = _FLOW_NAMES.get(config.prediction_type, config.prediction_type)
         own = scheduler if type(scheduler).__name__ in _CONSISTENCY else ddim

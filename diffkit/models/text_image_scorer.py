@@ -26,6 +26,7 @@ from diffkit.models.feature_network import (
     load_strictly,
     read_config,
 )
+from diffkit.models.loading import quiet_libraries
 
 __all__ = ["TextImageScorer", "TextImageScorerConfig", "load_text_tower"]
 
@@ -142,13 +143,14 @@ def load_text_tower(path: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
     absent. Raises `UserError` for both.
     """
     try:
-        text_encoder, report = CLIPTextModel.from_pretrained(
-            path / "text_encoder",
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+        with quiet_libraries():
+            text_encoder, report = CLIPTextModel.from_pretrained(
+                path / "text_encoder",
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: the folders text_encoder and tokenizer cannot be read: {error}"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+from diffusers import (
+    DDPMPipeline,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+)
 
 from diffkit.errors import UserError
 from diffkit.models.families.unet import guidance_embedding
@@ -86,6 +92,34 @@ def test_the_scheduler_of_segments_ends_at_x0(tiny_sd: Path) -> None:
     assert model.schedule.sampling_timesteps(2).tolist() == [999, 499, -1]
     alpha, sigma = model.schedule.alpha_sigma(torch.tensor([499, -1]))
     assert (alpha[1].item(), sigma[1].item()) == (1, 0) and not model.schedule.consistency
+
+
+def test_a_student_of_pixels_is_sampled_by_its_scheduler(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """`DDIMPipeline` makes any scheduler one of DDIM, also when the student is loaded again."""
+    model = LatentDiffusion.load(tiny_folder("pixel-ddim"))
+    model.set_scheduler(consistency_scheduler(model, 50))
+    folder = model.save(tmp_path / "student")
+    assert LatentDiffusion.load(folder).schedule.consistency
+    stock = DiffusionPipeline.from_pretrained(folder)
+    assert isinstance(stock, DDPMPipeline) and isinstance(stock.scheduler, LCMScheduler)
+    stock.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "output_type": "pt", "batch_size": 2}
+    pictures = stock(generator=torch.Generator().manual_seed(3), **options).images
+    fresh, cond = torch.Generator().manual_seed(3), model.conditioner.encode(["", ""])
+    noise = torch.randn((2, 3, 32, 32), generator=fresh)
+    ours = sample(model.denoiser, noise, cond, steps=4, fresh=stepwise(fresh, noise.shape))
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), pictures, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_said_of_what_is_right(tiny_folder: Callable[[str], Path]) -> None:
+    """diffusers warned of the scheduler's config and of the teacher's dtype in every run."""
+    model = LatentDiffusion.load(tiny_folder("sd-v"))
+    with unittest.TestCase().assertNoLogs("diffusers", "WARNING"):
+        model.set_scheduler(consistency_scheduler(model, 50))
+        teacher = frozen_teacher(model, torch.bfloat16)
+    assert teacher.dtype == torch.bfloat16 and model.dtype == torch.float32
 
 
 # -- guidance embedding -------------------------------------------------------------------------
