@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +12,7 @@ from typing import Any
 from diffkit.console import say
 from diffkit.files import read_jsonl
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.models.model_card import ModelCard, write_model_card
+from diffkit.models.model_card import ModelCard, public_name, write_model_card
 from diffkit.models.publish import push_folder
 from diffkit.training.config import TrainConfig
 from diffkit.training.folder import RunFolder
@@ -26,6 +28,8 @@ _UNTOLD = {
     *("checkpoint_every", "keep", "log_every", "cache", "workers", "model", "data"),
     *("validation_prompts", "validation_every", "validation_steps", "validation_guidance"),
 }
+
+_PARTS = re.compile(r"[^,:=+]+")
 
 
 def write_result_card(
@@ -74,8 +78,24 @@ def _changed(config: Any, prefix: str = "") -> dict[str, object]:
         if is_dataclass(value):
             found |= _changed(value, f"{prefix}{field.name}.")
         elif value != getattr(usual, field.name):
-            found[f"{prefix}{field.name}"] = value
+            found[f"{prefix}{field.name}"] = _public(value)
     return found
+
+
+def _public(value: object) -> object:
+    """A value without the folders of this machine, in parts such as hpsv2:FILE:1 neither."""
+    if isinstance(value, Path):
+        return public_name(str(value))
+    if not isinstance(value, str):
+        return value
+    if _is_place(value):
+        return public_name(value)
+    return _PARTS.sub(lambda m: public_name(m[0]) if _is_place(m[0]) else m[0], value)
+
+
+def _is_place(text: str) -> bool:
+    path = os.path.expanduser(text)
+    return os.path.isabs(path) or os.path.exists(path)
 
 
 def publish(config: TrainConfig, folder: RunFolder) -> None:
