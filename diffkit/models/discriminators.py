@@ -216,19 +216,13 @@ def unet_discriminator(
     ends = ("skip", "joined", "out")
     names = tuple(name for name in network.tap_names if name.rpartition(":")[2] in ends)
     names = names if multiscale else names[-1:]
-    found = Discriminator(
-        network,
-        _widths(network, names, example),
-        seed=seed,
-        guidance=guidance,
-        noise_input=noise_input,
-        scales=multiscale,
-    )
     tail: nn.Module = network.model
     for part in ("conv_norm_out", "conv_out"):
         if (layer := getattr(tail, part)) is not None:
             layer.requires_grad_(False)
-    return found
+    added: dict[str, Any] = {"noise_input": noise_input, "scales": multiscale}
+    widths = _widths(network, names, example)
+    return Discriminator(network, widths, seed=seed, guidance=guidance, **added)
 
 
 def feature_discriminator(

@@ -44,6 +44,7 @@ class ModelCard:
         metrics: numbers measured while it was made, by name.
         adapter: what kind of adapter it is, in the hub's words, if it is one.
         loading: the lines of Python after the base model's; by default those of a model or a LoRA.
+        command: the line of a shell that uses it, where no Python of stock diffusers does.
     """
 
     base_model: str = ""
@@ -56,6 +57,7 @@ class ModelCard:
     metrics: Mapping[str, float] = field(default_factory=dict)
     adapter: Literal["lora", "textual_inversion", "proxy_reward"] = "lora"
     loading: Sequence[str] = ()
+    command: str = ""
 
     @classmethod
     def of(cls, model: LatentDiffusion, **values: Any) -> ModelCard:
@@ -109,13 +111,15 @@ class ModelCard:
         return f"{kind} {public_name(self.base_model)}, written by diffkit {__version__}."
 
     def _usage(self) -> str:
-        if self.adapter == "proxy_reward":
-            use = "diffkit train rg_lcd --reward.mode proxy --reward.proxy THIS"
-            return f"## Use\n\n```\n{use}  # this folder\n```"
+        if self.command:
+            return f"## Use\n\nTHIS is this folder.\n\n```\n{self.command}\n```"
         lines = ["from diffusers import DiffusionPipeline", ""]
         if self.relation == "adapter":
-            base = public_name(self.base_model)
-            lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{base}")')
+            base = f'"{public_name(self.base_model)}"'
+            if self.base_model == EMBEDDED:
+                lines.insert(1, "from diffkit.models.loading import resolve")
+                base = f'resolve("{EMBEDDED}")'
+            lines.append(f"pipeline = DiffusionPipeline.from_pretrained({base})")
             usual = 'pipeline.load_lora_weights("THIS")  # this folder, or its hub id'
             lines += self.loading or [usual]
         else:

@@ -12,14 +12,18 @@ its teacher makes blurred pictures in one step, which are alike, so its start is
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from diffkit.console import warn
 from diffkit.errors import RunFailed
+from diffkit.models.conditioner import Conditioning
+from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.randomness import normal
 
-__all__ = ["DiversityGuard", "within_prompt_diversity"]
+__all__ = ["DiversityGuard", "DiversityWatch", "within_prompt_diversity"]
 
 PROMPTS = 4
 NOISES = 4
@@ -100,3 +104,63 @@ class DiversityGuard:
         if not self._warned:
             self._warned = True
             warn(f"{method}: {told}; below {STOP_BELOW:.0%} the run stops.")
+
+
+class DiversityWatch:
+    """A `DiversityGuard` over the prompts that a few-step objective was told, from step to step.
+
+    Arguments:
+        model: in training.
+        every: steps from one look to the next; 0 for no look.
+
+    Attributes:
+        guard: None while there is nothing to look at.
+    """
+
+    def __init__(self, model: LatentDiffusion, every: int) -> None:
+        self.guard: DiversityGuard | None = None
+        self._model = model
+        self._every = every
+        self._prompts: tuple[str, ...] = ()
+        self._cond: list[Conditioning] = []
+
+    def meet(self, prompts: Sequence[str]) -> DiversityGuard | None:
+        """Watch what the model makes of these."""
+        if self._every and prompts:
+            self._prompts = tuple(prompts)
+            self.guard = DiversityGuard(self._every, len(prompts))
+        return self.guard
+
+    def place(self, device: torch.device) -> None:
+        """Encode the prompts, and move what is measured."""
+        if self.guard is None:
+            return
+        self.guard.place(device)
+        side, rows = self._model.default_size, range(len(self._prompts))
+        cond = self._model.conditioner.encode(self._prompts, (side, side)).to(device)
+        self._cond = [cond.select(slice(row, row + 1)).expand(self.guard.noises) for row in rows]
+
+    @torch.no_grad()
+    def look(self, step: int, make: Callable[[Tensor, Conditioning], Tensor]) -> None:
+        """Measure before training step `step`, where that is due.
+
+        Arguments:
+            make: noises (n, C, h, w) and as many times one prompt -> what the model makes of them
+                in one step, (n, C, h, w).
+        """
+        guard = self.guard
+        if guard is None or not guard.due(step):
+            return
+        side = self._model.default_size
+        noise = guard.noise(self._model.latent_shape(side, side)).to(guard.value.device)
+        parts = zip(noise.chunk(guard.prompts), self._cond, strict=True)
+        guard.record(torch.cat([make(part, cond) for part, cond in parts]))
+
+    def inspect(self, method: str) -> None:
+        """Warn, or raise `RunFailed`, when pictures of one prompt become alike."""
+        if self.guard is not None:
+            self.guard.inspect(method)
+
+    def state(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The diversity so far, as "diversity"."""
+        return {} if self.guard is None else {"diversity": self.guard.tensors}

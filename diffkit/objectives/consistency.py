@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,7 @@ from diffkit.data.batch import Batch
 from diffkit.errors import UserError
 from diffkit.generation.card import add_to_card
 from diffkit.models.conditioner import Conditioning
-from diffkit.models.consistency import (
-    Interval,
-    SolverGrid,
-    consistency_function,
-    ddpm_grid,
-    flow_grid,
-    lcm_guidance,
-    pseudo_huber,
-)
-from diffkit.models.denoiser import Denoiser
+from diffkit.models.consistency import Interval, SolverGrid, ddpm_grid, flow_grid, lcm_guidance
 from diffkit.models.few_step import (
     consistency_scheduler,
     frozen_teacher,
@@ -46,33 +37,22 @@ from diffkit.models.few_step import (
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.schedule import Schedule
 from diffkit.objectives.base import Phase
-from diffkit.objectives.collapse import DiversityGuard
-from diffkit.objectives.consistency_config import ConsistencyConfig, usual_guidance
-from diffkit.objectives.denoising import (
-    DenoisingConfig,
-    DenoisingObjective,
-    Draws,
-    Shared,
-    denoising_loss,
+from diffkit.objectives.collapse import DiversityWatch
+from diffkit.objectives.consistency_config import ConsistencyConfig
+from diffkit.objectives.consistency_player import (
+    ConsistencyDraws,
+    ConsistencyPlayer,
+    ConsistencyShared,
+    Point,
 )
+from diffkit.objectives.denoising import DenoisingConfig, DenoisingObjective, Draws
 from diffkit.objectives.views import Ema
+from diffkit.randomness import SampleKeys
 
-__all__ = [
-    "FEW_STEPS",
-    "ConsistencyDraws",
-    "ConsistencyObjective",
-    "ConsistencyPlayer",
-    "ConsistencyShared",
-    "Point",
-    "prepare_student",
-    "solver_grid",
-]
+if TYPE_CHECKING:
+    from diffkit.perceptual.latent_lpips import LatentLpips
 
-FEW_STEPS = 4
-"""Steps that the result's card names; one to eight are usual."""
-
-
-# -- mathematics --------------------------------------------------------------------------------
+__all__ = ["ConsistencyObjective", "prepare_student", "solver_grid"]
 
 
 def solver_grid(schedule: Schedule, steps: int, segments: int, tokens: int) -> SolverGrid:
@@ -81,130 +61,6 @@ def solver_grid(schedule: Schedule, steps: int, segments: int, tokens: int) -> S
     if schedule.kind == "flow":
         return flow_grid(times, steps, schedule.sampling_shift(tokens), segments)
     return ddpm_grid(times, steps, segments)
-
-
-@dataclass(frozen=True)
-class Point:
-    """What a network is asked about: B points of trajectories.
-
-    Attributes:
-        z: (B, C, h, w), at least float32.
-        t: (B,).
-        edge: (B,), see `Interval`.
-        cond: of B.
-        guidance: (B,) scales that it is told, diffusers' convention; None for a network that is
-            not told any.
-    """
-
-    z: Tensor
-    t: Tensor
-    edge: Tensor
-    cond: Conditioning
-    guidance: Tensor | None
-
-
-# -- player -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ConsistencyDraws(Draws):
-    """One micro-batch with all its randomness; `t` are the starts of the intervals.
-
-    Attributes:
-        interval: of each sample.
-        guidance: (B,) scales w + 1.
-        augmentation: of E-LatentLPIPS; None for other distances.
-    """
-
-    interval: Interval
-    guidance: Tensor
-    augmentation: Any = None
-
-
-@dataclass(frozen=True)
-class ConsistencyShared(Shared):
-    """What teacher and target make of the draws, without gradients.
-
-    Attributes:
-        start: z_t at t.
-        target: f_theta'(z_t', t'), (B, C, h, w), at least float32.
-    """
-
-    start: Point
-    target: Tensor
-
-
-class ConsistencyPlayer(nn.Module):
-    """The student with its loss: forward("lcd", draws, shared) -> {"loss", "time", ...}, each (B,).
-
-    forward("output" or "end", None, point) -> what the network says at points, (B, C, h, w): its
-    raw output, or f. Both are for views of the network, the teacher's or the target's.
-
-    Methods that add terms of the same estimate override `losses`.
-
-    Arguments:
-        denoiser: the network.
-        config: resolved.
-        perceptual: the E-LatentLPIPS network, where that is the distance.
-    """
-
-    def __init__(
-        self, denoiser: Denoiser, config: ConsistencyConfig, perceptual: nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.config = config
-        # Frozen, in float32 and no part of what is trained, wrapped or saved.
-        self._perceptual = [perceptual]
-        self.guard: DiversityGuard | None = None
-
-    def forward(self, phase: str, draws: Any, shared: Any) -> Any:
-        """The terms of a training step, or what the network says at points; see above."""
-        if phase == "output":
-            return self._output(shared)
-        if phase == "end":
-            return self.end(shared)
-        estimate = self.end(shared.start)
-        terms = self.losses(estimate, shared.target, draws, shared)
-        if self.guard is not None:
-            terms["diversity"] = self.guard.value.expand_as(terms["loss"])
-        return terms | {"time": self.denoiser.schedule.place(draws.t)}
-
-    def losses(
-        self, estimate: Tensor, target: Tensor, draws: ConsistencyDraws, shared: ConsistencyShared
-    ) -> dict[str, Any]:
-        """ "loss" (B,), and what is logged, each (B,).
-
-        Arguments:
-            estimate: f_theta(z_t, t), (B, C, h, w), at least float32, with its gradient. With one
-                segment these are clean latents, scaled as the denoiser sees them.
-            target: f_theta'(z_t', t'), without.
-        """
-        return {"loss": self.distance(estimate, target, draws)}
-
-    def distance(self, estimate: Tensor, target: Tensor, draws: ConsistencyDraws) -> Tensor:
-        """d(estimate, target), (B,)."""
-        if self.config.distance == "huber":
-            return pseudo_huber(estimate, target, self.config.huber)
-        if self.config.distance == "l2":
-            return denoising_loss(estimate, target)
-        from diffkit.perceptual.latent_lpips import e_latentlpips
-
-        network: Any = self._perceptual[0]
-        return e_latentlpips(network, estimate, target, draws.augmentation)
-
-    def end(self, point: Point) -> Tensor:
-        """f(z, t), (B, C, h, w), at least float32."""
-        schedule = self.denoiser.schedule
-        prediction = schedule.prediction(self._output(point), point.z, point.t)
-        return consistency_function(schedule, prediction, point.t, point.edge)
-
-    def _output(self, point: Point) -> Tensor:
-        output: Tensor = self.denoiser(point.z, point.t, point.cond, point.guidance)
-        return output
-
-
-# -- objective ----------------------------------------------------------------------------------
 
 
 def prepare_student(
@@ -261,9 +117,7 @@ class ConsistencyObjective(DenoisingObjective):
         self._perceptual = _latent_lpips(config, model)
         self._student = ConsistencyPlayer(model.denoiser, self.consistency, self._perceptual)
         self._target: Ema | None = None
-        self._guard: DiversityGuard | None = None
-        self._prompts: tuple[str, ...] = ()
-        self._watched: Conditioning | None = None
+        self._watch = DiversityWatch(model, config.diversity_every)
         self._grids: dict[int, SolverGrid] = {}
 
     def told_guidance(self) -> float | None:
@@ -284,53 +138,36 @@ class ConsistencyObjective(DenoisingObjective):
 
     def meet(self, prompts: Sequence[str]) -> None:
         """Watch what the student makes of these."""
-        if self.consistency.diversity_every and prompts:
-            self._prompts = tuple(prompts)
-            self._guard = DiversityGuard(self.consistency.diversity_every, len(prompts))
-            self._student.guard = self._guard
+        self._student.guard = self._watch.meet(prompts)
 
     def place(self, device: torch.device) -> None:
         """Move the teacher; take the student as it is for the target's average."""
         super().place(device)
-        if self._guard is not None:
-            self._guard.place(self._device)
-            size = self.model.default_size
-            self._watched = self.model.conditioner.encode(self._prompts, (size, size))
-            self._watched = self._watched.to(self._device)
+        self._watch.place(self._device)
         for network in (self._teacher, self._perceptual):
             if network is not None:
                 network.to(self._device)
         if self.consistency.target == "ema":
             self._target = Ema(self._student, self.consistency.decay, warm=False)
 
-    @torch.no_grad()
     def begin(self, step: int) -> None:
         """Look at pictures of one step, where that is due."""
-        guard = self._guard
-        if guard is None or not guard.due(step):
-            return
-        size = self.model.default_size
-        noise = guard.noise(self.model.latent_shape(size, size)).to(self._device)
-        each = noise.chunk(guard.prompts)
-        guard.record(torch.cat([self._made(part, row) for row, part in enumerate(each)]))
+        self._watch.look(step, self._made)
 
-    def _made(self, noise: Tensor, row: int) -> Tensor:
-        """What the student makes in one step of noises (n, C, h, w), for one watched prompt."""
-        assert self._watched is not None
-        count, config = len(noise), self.consistency
-        cond = self._watched.select(slice(row, row + 1)).expand(count)
-        t = self._grid(noise).start[-1].to(noise.device).expand(count)
+    def _made(self, noise: Tensor, cond: Conditioning) -> Tensor:
+        """What the student makes in one step of noises (n, C, h, w)."""
+        config = self.consistency
+        t = self._grid(noise).start[-1].to(noise.device).expand(len(noise))
         told = None
         if self.model.family.takes_guidance:
             assert config.guidance_min is not None and config.guidance_max is not None
-            told = noise.new_full((count,), (config.guidance_min + config.guidance_max) / 2)
+            told = noise.new_full((len(noise),), (config.guidance_min + config.guidance_max) / 2)
         ends: Tensor = self._student("end", None, Point(noise, t, torch.zeros_like(t), cond, told))
         return ends
 
     def inspect(self) -> None:
         """Warn, or raise `RunFailed`, when pictures of one prompt become alike."""
-        if self._guard is not None:
-            self._guard.inspect(self.phases()[0].name)
+        self._watch.inspect(self.phases()[0].name)
 
     def stepped(self, phase: str, means: Mapping[str, Tensor]) -> None:
         """Let the target follow the student."""
@@ -340,7 +177,7 @@ class ConsistencyObjective(DenoisingObjective):
     def state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The target's weights, and the diversity so far."""
         found = {} if self._target is None else {"target": self._target.weights}
-        return found if self._guard is None else found | {"diversity": self._guard.tensors}
+        return found | dict(self._watch.state())
 
     # -- a step -------------------------------------------------------------------------------
 
@@ -354,20 +191,22 @@ class ConsistencyObjective(DenoisingObjective):
         low, high = config.guidance_min, config.guidance_max
         assert low is not None and high is not None  # resolved
         guidance = low + (high - low) * keys.uniform(f"guidance{again}")
-        augmentation = None
-        if config.distance == "e_latentlpips":
-            from diffkit.perceptual.latent_augment import draw
-
-            purpose = f"latent augmentation{again}"
-            augmentation = draw(keys, draws.eps.shape, purpose=purpose).to(self._device)
         named = {f.name: getattr(draws, f.name) for f in fields(draws)}
         times = (interval.start, interval.end, interval.edge)
         interval = Interval(*(t.to(self._device, non_blocking=True) for t in times))
         named["t"] = interval.start
         guidance = guidance.to(self._device, non_blocking=True)
-        return ConsistencyDraws(
-            **named, interval=interval, guidance=guidance, augmentation=augmentation
-        )
+        named["augmentation"] = self._augmentation(keys, draws.eps.shape, again)
+        return ConsistencyDraws(**named, interval=interval, guidance=guidance)
+
+    def _augmentation(self, keys: SampleKeys, shape: Sequence[int], again: str) -> Any:
+        """T of each sample, of the kinds that the distance's network is meant for; None if none."""
+        if self._perceptual is None or not self._perceptual.config.augmentation:
+            return None
+        from diffkit.perceptual.latent_augment import draw
+
+        kinds, purpose = self._perceptual.config.augmentation, f"latent augmentation{again}"
+        return draw(keys, shape, kinds, purpose).to(self._device)
 
     def _grid(self, latents: Tensor) -> SolverGrid:
         tokens = self.model.denoiser.tokens(*latents.shape[-2:])
@@ -438,22 +277,10 @@ class ConsistencyObjective(DenoisingObjective):
         """Write a plain diffusers folder with its usual guidance and steps, or the LoRA."""
         super().save(folder)
         if self.lora is None:
-            add_to_card(folder, self.card())
-
-    def card(self) -> dict[str, Any]:
-        """How the result is sampled: "guidance_scale" and "steps" of diffkit.json.
-
-        The scale is the usual one, or the nearest to it that was trained.
-        """
-        told = self.model.family.takes_guidance
-        steps = self.consistency.segments if self.consistency.segments > 1 else FEW_STEPS
-        low, high = self.consistency.guidance_min, self.consistency.guidance_max
-        assert low is not None and high is not None  # resolved
-        guidance = min(max(usual_guidance(self.model), low), high) if told else 1.0
-        return {"guidance_scale": guidance, "steps": steps}
+            add_to_card(folder, self.consistency.sampling(self.model))
 
 
-def _latent_lpips(config: ConsistencyConfig, model: LatentDiffusion) -> nn.Module | None:
+def _latent_lpips(config: ConsistencyConfig, model: LatentDiffusion) -> LatentLpips | None:
     """The network of the distance; `UserError` for one of other latents."""
     if config.distance != "e_latentlpips":
         return None

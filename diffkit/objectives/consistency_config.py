@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from diffkit.errors import UserError
 from diffkit.generation.card import Card, read_card
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.base import check_finite
 
-__all__ = ["ConsistencyConfig"]
+__all__ = ["FEW_STEPS", "ConsistencyConfig"]
+
+FEW_STEPS = 4
+"""Steps that the result's card names; one to eight are usual."""
 
 Target = Literal["ema", "online"]
 Distance = Literal["huber", "l2", "e_latentlpips"]
@@ -172,6 +175,20 @@ class ConsistencyConfig:
         if changed and not (embedding and can):
             raise UserError(f"lcd.{changed[0]}: this student gets no new input; leave it out.")
         return embedding
+
+    def sampling(self, model: LatentDiffusion) -> dict[str, Any]:
+        """How the result is sampled, of a resolved config: "guidance_scale" and "steps".
+
+        The scale is the usual one, or the nearest to it that was trained.
+        """
+        low, high = self.guidance_min, self.guidance_max
+        assert low is not None and high is not None  # resolved
+        told = model.family.takes_guidance
+        guidance = min(max(usual_guidance(model), low), high) if told else 1.0
+        return {
+            "guidance_scale": guidance,
+            "steps": self.segments if self.segments > 1 else FEW_STEPS,
+        }
 
     def _scales(self, model: LatentDiffusion, told: bool) -> tuple[float, float]:
         guided = model.family.takes_guidance or "cfg" in model.family.capabilities

@@ -18,39 +18,37 @@ not hear of them: a copy of a teacher under fresh heads is a strong judge that m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from diffkit.console import warn
 from diffkit.data.batch import Batch
 from diffkit.data.trajectories import TrajectoryBatch
 from diffkit.errors import UserError
 from diffkit.generation.card import add_to_card
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.denoiser import Denoiser
-from diffkit.models.discriminators import Given, feature_discriminator, unet_discriminator
+from diffkit.models.discriminators import Given
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.models.lora import plain_copy
 from diffkit.models.one_step import one_step_scheduler
 from diffkit.objectives.adversarial_losses import replaced_rows
 from diffkit.objectives.base import Objective, Phase
-from diffkit.objectives.collapse import DiversityGuard
-from diffkit.objectives.denoising import (
-    DenoisingConfig,
-    DenoisingObjective,
-    DenoisingPlayer,
-    Draws,
-)
+from diffkit.objectives.collapse import DiversityWatch
+from diffkit.objectives.denoising import DenoisingConfig, DenoisingObjective, Draws
 from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig, loss_shares
 from diffkit.objectives.diffusion_gan_losses import (
     Regressor,
     TeacherScore,
     adversarial_loss,
     matching_loss,
+)
+from diffkit.objectives.diffusion_gan_networks import (
+    Accuracy,
+    new_discriminator,
+    plain,
+    teacher_of,
 )
 from diffkit.objectives.diffusion_gan_players import (
     DiscriminatorPlayer,
@@ -65,12 +63,6 @@ from diffkit.objectives.shares import GradientShare
 from diffkit.randomness import SampleKeys
 
 __all__ = ["DiffusionGanObjective"]
-
-ACCURATE = 0.95
-"""Accuracy of a discriminator above which a run is warned."""
-DECAY = 0.99
-WATCHED = 100
-"""Steps after which the average tells more than the luck of a few samples."""
 
 
 class DiffusionGanObjective(Objective):
@@ -112,11 +104,9 @@ class DiffusionGanObjective(Objective):
         self._dtype = dtype
         self._seed = seed
         self._base = DenoisingObjective(model, DenoisingConfig(condition_dropout=0.0), lora)
-        player = self._base.players()["denoiser"]
-        assert isinstance(player, DenoisingPlayer)
-        self._told = player.guidance
+        self._told = self._base.told_guidance()
         self._opposed = config.discriminator != "none" or config.dmd
-        source = _teacher_of(model, teacher, self._opposed)
+        source = teacher_of(model, teacher, self._opposed)
         self._schedule = source.schedule
         self._score: TeacherScore | None = None
         self._regressor = Regressor(model, config)
@@ -125,23 +115,14 @@ class DiffusionGanObjective(Objective):
         shares = loss_shares(config, dmd)
         first, *others = shares
         self._shares = GradientShare(first, {name: shares[name] for name in others})
-        assert config.time is not None  # resolved
-        if lora and config.time < model.schedule.num_train_timesteps - 1:
-            raise UserError(
-                "gan.time: a LoRA's file has no place for the scheduler that begins at another "
-                "time than the last; leave it out, or train all weights without --lora-rank."
-            )
-        model.set_scheduler(one_step_scheduler(model, config.time))
-        self._generator = GeneratorPlayer(
-            model.denoiser, config.time, self._told, losses, self._shares
-        )
-        self._accuracy = {name: torch.zeros(()) for name in ("accuracy", "steps")}
-        self._prompts: tuple[str, ...] = ()
-        self._guard: DiversityGuard | None = None
-        self._watched: Conditioning | None = None
+        time = _time(model, config, lora)
+        model.set_scheduler(one_step_scheduler(model, time))
+        given = model.denoiser, time, self._told
+        self._generator = GeneratorPlayer(*given, losses, self._shares)
+        self._accuracy = Accuracy()
+        self._watch = DiversityWatch(model, config.diversity_every)
         self._device = torch.device("cpu")
         self._step = 0
-        self._warned = False
 
     def _losses(self, teacher: Denoiser) -> dict[str, Loss]:
         """The generator's losses in the order of `loss_shares`; makes the players behind them."""
@@ -149,9 +130,9 @@ class DiffusionGanObjective(Objective):
         if config.regression != "none":
             found["regression"] = self._regressor.loss
         if config.dmd:
-            follower = FakeScorePlayer(_plain(teacher).float().requires_grad_(True), self._told)
+            follower = FakeScorePlayer(plain(teacher).float().requires_grad_(True), self._told)
             self._players["fake_score"] = follower
-            frozen = _plain(teacher).to(self._dtype).requires_grad_(False)
+            frozen = plain(teacher).to(self._dtype).requires_grad_(False)
             self._score = TeacherScore(frozen, self.dmd.scale(self.model), self._told)
             found["dmd"] = matching_loss(
                 self._schedule,
@@ -159,32 +140,14 @@ class DiffusionGanObjective(Objective):
                 lambda z_t, t, cond: follower("output", None, (z_t, t, cond)),
             )
         if config.discriminator != "none":
-            critic = self._critic(teacher)
+            options = config, self._seed, self._told, self._dtype
+            network = new_discriminator(self.model, teacher, *options)
+            critic = DiscriminatorPlayer(network, config, self._batch_size)
             self._players["discriminator"] = critic
             found["adversarial"] = adversarial_loss(
                 lambda y, given: critic("judge", None, (y, given))
             )
         return found
-
-    def _critic(self, teacher: Denoiser) -> DiscriminatorPlayer:
-        config, model = self.config, self.model
-        edge = 2 * model.working_multiple
-        cond = model.conditioner.encode([model.conditioner.example], (edge, edge))
-        shape = model.codec.channels, edge // model.codec.factor, edge // model.codec.factor
-        example = Given(cond.to(teacher.device), torch.zeros(1, *shape, device=teacher.device))
-        if config.discriminator == "ladd":
-            network = feature_discriminator(teacher, example, seed=self._seed, guidance=self._told)
-            network.denoiser.to(self._dtype)
-        else:
-            network = unet_discriminator(
-                teacher,
-                example,
-                seed=self._seed,
-                guidance=self._told,
-                noise_input=bool(config.noise_input),
-                multiscale=config.multiscale,
-            )
-        return DiscriminatorPlayer(network, config, self._batch_size)
 
     # -- players and phases -------------------------------------------------------------------
 
@@ -213,27 +176,21 @@ class DiffusionGanObjective(Objective):
 
     def meet(self, prompts: Sequence[str]) -> None:
         """Watch what the generator makes of these."""
-        if self.config.diversity_every and prompts:
-            self._prompts = tuple(prompts)
-            self._guard = DiversityGuard(self.config.diversity_every, len(prompts))
-            self._generator.guard = self._guard
+        self._generator.guard = self._watch.meet(prompts)
 
     def place(self, device: torch.device) -> None:
         """Move what is frozen, and encode what is watched."""
         self._base.place(device)
         self._device = torch.empty(0, device=device).device
         self._shares.place(self._device)
-        self._accuracy = {name: value.to(self._device) for name, value in self._accuracy.items()}
+        self._accuracy.place(self._device)
         self._regressor.place(self._device)
-        conditioner = self.model.conditioner
         if self._score is not None:
             # Sizes are told even to a model without a prompt, so these are never used.
-            null = conditioner.null(1, sizes=(64, 64)) if self._score.scale != 1 else None
+            guided, conditioner = self._score.scale != 1, self.model.conditioner
+            null = conditioner.null(1, sizes=(64, 64)) if guided else None
             self._score.place(self._device, null)
-        if self._guard is not None:
-            self._guard.place(self._device)
-            size = self.model.default_size
-            self._watched = conditioner.encode(self._prompts, (size, size)).to(self._device)
+        self._watch.place(self._device)
 
     # -- what lasts ---------------------------------------------------------------------------
 
@@ -243,20 +200,15 @@ class DiffusionGanObjective(Objective):
         config = self.config
         self._step = step
         self._generator.opposed = step >= config.start + config.warmup
-        guard = self._guard
-        if guard is None or self._watched is None or not guard.due(step):
-            return
-        size = self.model.default_size
-        noise = guard.noise(self.model.latent_shape(size, size)).to(self._device)
-        made = []
-        for row, part in enumerate(noise.chunk(guard.prompts)):
-            cond = self._watched.select(slice(row, row + 1)).expand(len(part))
-            made.append(self._generator("generate", None, Given(cond, part)))
-        guard.record(torch.cat(made))
+        self._watch.look(step, self._made)
+
+    def _made(self, noise: Tensor, cond: Conditioning) -> Tensor:
+        latents: Tensor = self._generator("generate", None, Given(cond, noise))
+        return latents
 
     def shown(self) -> Sequence[str]:
         """How well the discriminator tells, and whether the pictures of a prompt differ."""
-        names = [] if self._guard is None else ["generator/diversity"]
+        names = [] if self._watch.guard is None else ["generator/diversity"]
         if "discriminator" in self._players:
             names.insert(0, "discriminator/accuracy")
         return tuple(names) if self._players else tuple(n.partition("/")[2] for n in names)
@@ -270,30 +222,18 @@ class DiffusionGanObjective(Objective):
         if phase == "generator" and self._generator.opposed:
             self._shares.update(means)
         if phase == "discriminator":
-            self._accuracy["accuracy"].lerp_(means["accuracy"], 1 - DECAY)
-            self._accuracy["steps"].add_(1)
+            self._accuracy.update(means["accuracy"])
 
     def state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """The averages behind the weights and the warnings, and the diversity so far."""
-        found = {"gan": self._shares.tensors | self._accuracy}
-        return found if self._guard is None else found | {"diversity": self._guard.tensors}
+        return {"gan": {**self._shares.tensors, **self._accuracy.tensors}, **self._watch.state()}
 
     def inspect(self) -> None:
         """Warn of a discriminator that tells nearly all, and, or raise `RunFailed`, of pictures
         that become alike."""
-        if self._guard is not None:
-            self._guard.inspect("gan")
-        steps = self._accuracy["steps"].item()
-        if self._warned or steps < WATCHED:
-            return
-        accuracy = self._accuracy["accuracy"].item() / (1 - math.pow(DECAY, steps))
-        if accuracy > ACCURATE:
-            self._warned = True
-            remedy = "raise --gan.gamma" if self.config.r1 != "none" else "use --gan.r1 exact"
-            warn(
-                f"gan: the discriminator tells {accuracy:.0%} of true and generated latents apart, "
-                f"so that the generator learns little from it; {remedy}, or lower --gan.rate."
-            )
+        self._watch.inspect("gan")
+        penalised = self.config.r1 != "none"
+        self._accuracy.inspect("raise --gan.gamma" if penalised else "use --gan.r1 exact")
 
     # -- a step -------------------------------------------------------------------------------
 
@@ -314,9 +254,11 @@ class DiffusionGanObjective(Objective):
             noise, posterior = drawn.eps, drawn.posterior
         shape = noise.shape[1:]
         penalised, r1_noise = self._penalty_draws(keys, places, shape)
-        score = judged = augmentation = None
+        score = direction = judged = augmentation = None
         if self.config.dmd:
-            score = self._noising(keys, shape, f"score{again}", self.dmd.low, self.dmd.high)
+            span = self.dmd.low, self.dmd.high
+            score = self._noising(keys, shape, f"score{again}", *span)
+            direction = self._noising(keys, shape, "direction", *span)
         if self.config.discriminator == "ladd":
             judged = self._noising(keys, shape, f"judged{again}", 0.0, 1.0)
         if (drawn_map := self._regressor.draw(keys, noise.shape)) is not None:
@@ -326,6 +268,7 @@ class DiffusionGanObjective(Objective):
             self._there(noise),
             posterior,
             score,
+            direction,
             judged,
             self._there(replaced),
             self._there(penalised),
@@ -385,32 +328,15 @@ class DiffusionGanObjective(Objective):
         """Write a plain diffusers folder whose card says one step, or the LoRA."""
         self._base.save(folder)
         if self._lora is None:
-            guidance = 1.0 if self._told is None else self._told
-            add_to_card(folder, {"guidance_scale": guidance, "steps": 1})
+            add_to_card(folder, self.config.sampling(self.model))
 
 
-def _plain(denoiser: Denoiser) -> Denoiser:
-    """A copy without adapters, for times of the whole schedule."""
-    return Denoiser(plain_copy(denoiser.model), denoiser.family, denoiser.schedule)
-
-
-def _teacher_of(
-    model: LatentDiffusion, teacher: LatentDiffusion | None, opposed: bool
-) -> LatentDiffusion:
-    """What the other networks start from; `UserError` for what cannot be that of this model."""
-    if teacher is None:
-        if opposed and model.schedule.consistency:
-            raise UserError(
-                "model: it is a few-step student already, and no teacher whose score or features "
-                "others could start from; name the model that it was made from with --gan.teacher."
-            )
-        return model
-    if teacher.schedule.consistency:
-        raise UserError("gan.teacher: it is a few-step student; give the model it was made from.")
-    same = (teacher.family.name, teacher.codec.channels, teacher.schedule.kind)
-    if same != (model.family.name, model.codec.channels, model.schedule.kind):
+def _time(model: LatentDiffusion, config: GanConfig, lora: str | None) -> int:
+    """The generator's; `UserError` for one that a LoRA's pipeline would not be called at."""
+    assert config.time is not None  # resolved
+    if lora and config.time < model.schedule.num_train_timesteps - 1:
         raise UserError(
-            f"gan.teacher: {teacher.family.name} with {teacher.codec.channels} channels is no "
-            f"teacher of this {model.family.name} with {model.codec.channels}."
+            "gan.time: a LoRA's file has no place for the scheduler that begins at another "
+            "time than the last; leave it out, or train all weights without --lora-rank."
         )
-    return teacher
+    return config.time

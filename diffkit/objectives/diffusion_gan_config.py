@@ -149,6 +149,10 @@ class GanConfig:
     def _refuse(self, names: tuple[str, ...], reason: str) -> None:
         _refuse(self, "gan", names, reason)
 
+    def sampling(self, model: LatentDiffusion) -> dict[str, Any]:
+        """How the result is sampled: "guidance_scale", what the generator is told, and "steps"."""
+        return {"guidance_scale": model.family.train_guidance or 1.0, "steps": 1}
+
     def resolve(self, model: LatentDiffusion) -> GanConfig:
         """The values that None stands for with this model, the one in training.
 

@@ -21,8 +21,12 @@ from torch import Tensor, nn
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.denoiser import Denoiser
 from diffkit.models.eager import eager_sum, uncompiled
-from diffkit.objectives.consistency import ConsistencyDraws, ConsistencyPlayer, ConsistencyShared
 from diffkit.objectives.consistency_config import ConsistencyConfig
+from diffkit.objectives.consistency_player import (
+    ConsistencyDraws,
+    ConsistencyPlayer,
+    ConsistencyShared,
+)
 from diffkit.objectives.reward_terms import Found, PictureRewards
 from diffkit.objectives.shares import GradientShare
 from diffkit.rewards.proxy import LatentProxy, Told

@@ -7,12 +7,13 @@ from typing import Any
 
 from diffkit.errors import UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.objectives.consistency import FEW_STEPS, ConsistencyObjective, prepare_student
-from diffkit.objectives.consistency_config import ConsistencyConfig
+from diffkit.objectives.consistency import ConsistencyObjective, prepare_student
+from diffkit.objectives.consistency_config import FEW_STEPS, ConsistencyConfig
 from diffkit.training.config import TrainConfig
 from diffkit.training.devices import DTYPES
+from diffkit.training.few_step_card import few_step_card
 
-__all__ = ["ConsistencyTraining", "build_consistency", "loading_lines"]
+__all__ = ["ConsistencyTraining", "build_consistency"]
 
 LCM_LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -54,9 +55,10 @@ class ConsistencyTraining(TrainConfig):
         return None if model.family.takes_guidance else 1.0
 
     def card(self, model: LatentDiffusion) -> dict[str, Any]:
-        """With the lines of Python that sample in few steps."""
-        lines = loading_lines(model, self.lcd, self.lora_rank is not None)
-        return super().card(model) | {"loading": lines}
+        """With the lines that sample in few steps."""
+        lora = self.lora_rank is not None
+        sampling = self.lcd.resolve(model, lora).sampling(model)
+        return super().card(model) | few_step_card(model, sampling, lora)
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""
@@ -68,31 +70,6 @@ class ConsistencyTraining(TrainConfig):
                 f"validation_steps: {self.validation_steps}, but a student of {segments} segments "
                 f"samples from edge to edge; use --validation-steps {segments}."
             )
-
-
-def loading_lines(model: LatentDiffusion, config: ConsistencyConfig, lora: bool) -> list[str]:
-    """What follows the line that loads the base model, or the result itself."""
-    scheduler = type(model.scheduler).__name__
-    steps = config.segments if config.segments > 1 else FEW_STEPS
-    lines = []
-    if lora:
-        told = {
-            "LCMScheduler": f"original_inference_steps={config.solver_steps}, clip_sample=False",
-            "DDIMScheduler": 'timestep_spacing="trailing", set_alpha_to_one=True',
-        }
-        more = f", {told[scheduler]}" if scheduler in told else ""
-        lines += [
-            f"from diffusers import {scheduler}",
-            f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{more})",
-            'pipeline.load_lora_weights("THIS")  # this folder, or its hub id',
-        ]
-    arguments = [f"num_inference_steps={steps}"]
-    if not model.family.takes_guidance:
-        arguments.append("guidance_scale=1.0")
-    if model.schedule.kind == "flow":
-        arguments.append(f"sigmas=[1 - i / {steps} for i in range({steps})]")
-    prompt = '"..."' if model.family.text_components else "..."
-    return [*lines, f"pipeline({prompt}, {', '.join(arguments)})"]
 
 
 def build_consistency(

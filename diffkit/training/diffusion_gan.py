@@ -11,6 +11,7 @@ from diffkit.objectives.diffusion_gan import DiffusionGanObjective
 from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig
 from diffkit.training.config import TrainConfig
 from diffkit.training.devices import DTYPES
+from diffkit.training.few_step_card import few_step_card
 
 __all__ = ["GanTraining", "build_gan"]
 
@@ -44,9 +45,18 @@ class GanTraining(TrainConfig):
         return None if model.family.takes_guidance else 1.0
 
     def card(self, model: LatentDiffusion) -> dict[str, Any]:
-        """With the lines of Python that sample in one step."""
-        lines = loading_lines(model, self.lora_rank is not None)
-        return super().card(model) | {"loading": lines}
+        """With the lines that sample in one step."""
+        lora = self.lora_rank is not None
+        return super().card(model) | few_step_card(model, self.gan.sampling(model), lora)
+
+    def check_sharded(self) -> None:
+        """Raise `UserError` for the exact penalty, for which one process alone asks the network."""
+        exact = self.gan.r1 == "exact" or (self.gan.r1 is None and not self.gan.pictures)
+        if self.gan.discriminator != "none" and exact:
+            raise UserError(
+                "gan.r1: the exact penalty is of one sample, on one process, while FSDP needs all "
+                "of them to gather the discriminator's weights; use --gan.r1 approximate."
+            )
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""
@@ -75,24 +85,6 @@ class GanTraining(TrainConfig):
                 f"attention: {self.attention} has no second derivative, which the penalty of the "
                 "discriminator needs; leave it out, or use --gan.r1 approximate."
             )
-
-
-def loading_lines(model: LatentDiffusion, lora: bool) -> list[str]:
-    """What follows the line that loads the base model, or the result itself."""
-    scheduler, lines = type(model.scheduler).__name__, []
-    if lora:
-        lines = ['pipeline.load_lora_weights("THIS")  # this folder, or its hub id']
-        if model.schedule.kind == "ddpm":
-            steps = model.scheduler.config.original_inference_steps
-            more = f"original_inference_steps={steps}, clip_sample=False"
-            base = "pipeline.scheduler.config"
-            lines.insert(0, f"from diffusers import {scheduler}")
-            lines.insert(1, f"pipeline.scheduler = {scheduler}.from_config({base}, {more})")
-    arguments = ["num_inference_steps=1"]
-    if not model.family.takes_guidance:
-        arguments.append("guidance_scale=1.0")
-    prompt = '"..."' if model.family.text_components else "..."
-    return [*lines, f"pipeline({prompt}, {', '.join(arguments)})"]
 
 
 def build_gan(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffkit.errors import UserError
-from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.latent_diffusion import EMBEDDED, LatentDiffusion
+from diffkit.models.model_card import public_name
 from diffkit.objectives.proxy_reward import ProxyRewardConfig, ProxyRewardObjective
 from diffkit.training.config import TrainConfig, Trained
 
@@ -37,7 +39,10 @@ class ProxyRewardTraining(TrainConfig):
 
     def card(self, model: LatentDiffusion) -> dict[str, Any]:
         """A proxy of rewards, and the command that uses it."""
-        return {"relation": "adapter", "adapter": "proxy_reward"}
+        base = self.model if self.model == EMBEDDED else shlex.quote(public_name(self.model))
+        use = f"--model {base} --data DATA --output RUN --reward.mode proxy --reward.proxy THIS"
+        command = f"diffkit train rg_lcd {use}"
+        return {"relation": "adapter", "adapter": "proxy_reward", "command": command}
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""

@@ -14,8 +14,9 @@ from diffkit.errors import UserError
 from diffkit.models.consistency import Interval, lcm_guidance, pseudo_huber
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.lora import add_lora, lora_parameters
-from diffkit.objectives.consistency import ConsistencyObjective, Point, prepare_student
+from diffkit.objectives.consistency import ConsistencyObjective, prepare_student
 from diffkit.objectives.consistency_config import ConsistencyConfig
+from diffkit.objectives.consistency_player import Point
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig, e_latentlpips
 from diffkit.perceptual.latent_lpips_io import load_latent_lpips, save_latent_lpips
 from tests.objectives.test_denoising import make_batch
@@ -208,13 +209,29 @@ def test_e_latentlpips_as_the_distance(tiny_sd: Path, tmp_path: Path) -> None:
         objective(tiny_sd, **words | {"latent_lpips": str(tmp_path / "8")})
 
 
+def test_maps_are_those_that_the_network_is_meant_for(tiny_sd: Path, tmp_path: Path) -> None:
+    """Every network was used with the embedded one's kinds, also one for latents without maps."""
+    batch = make_batch(4)
+    found: dict[str, Any] = {}
+    for kinds in ("", "bg", "bgc"):
+        network = LatentLpips(LatentLpipsConfig(4, width=2, augmentation=kinds))
+        save_latent_lpips(network, tmp_path / f"net{kinds}")
+        words: dict[str, Any] = {"distance": "e_latentlpips"}
+        method = objective(tiny_sd, latent_lpips=str(tmp_path / f"net{kinds}"), **words)
+        draws = method.draw(batch, 0)
+        found[kinds] = draws.augmentation
+        assert method.players()["student"].distance(draws.eps, -draws.eps, draws).isfinite().all()
+    assert found[""] is None
+    assert (found["bg"].kinds, found["bgc"].kinds) == ("bg", "bgc")
+
+
 def test_segments_stop_at_their_edges(tiny_sd: Path) -> None:
     method = objective(tiny_sd, segments=2)
     draws, shared = material(method, 16)
     interval = draws.interval
     assert set(interval.edge.tolist()) == {0, 499} and (interval.end >= interval.edge).all()
     assert method.model.schedule.sampling_timesteps(2).tolist() == [999, 499, -1]
-    assert method.card() == {"guidance_scale": 7.5, "steps": 2}
+    assert method.consistency.sampling(method.model) == {"guidance_scale": 7.5, "steps": 2}
     assert method.players()["student"]("lcd", draws, shared)["loss"].isfinite().all()
 
 
@@ -252,7 +269,8 @@ def test_every_kind_of_teacher(tiny_folder: Callable[[str], Path], name: str) ->
     flow = method.model.schedule.kind == "flow"
     scheduler = type(method.model.scheduler).__name__
     assert scheduler == ("FlowMatchLCMScheduler" if flow else "LCMScheduler")
-    assert method.card()["guidance_scale"] == (config.guidance_max - 1) / 2 + 1 if told else 1
+    guidance = (config.guidance_max - 1) / 2 + 1 if told else 1
+    assert config.sampling(method.model)["guidance_scale"] == guidance
 
 
 def test_a_teacher_that_predicts_x0(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""What opposes a one-step generator: of which networks it is made, and how well it tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffkit.console import warn
+from diffkit.errors import UserError
+from diffkit.models.denoiser import Denoiser
+from diffkit.models.discriminators import (
+    Discriminator,
+    Given,
+    feature_discriminator,
+    unet_discriminator,
+)
+from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.lora import plain_copy
+from diffkit.objectives.diffusion_gan_config import GanConfig
+
+__all__ = ["Accuracy", "new_discriminator", "plain", "teacher_of"]
+
+ACCURATE = 0.95
+"""Accuracy of a discriminator above which a run is warned."""
+DECAY = 0.99
+WATCHED = 100
+"""Steps after which the average tells more than the luck of a few samples."""
+
+
+def teacher_of(
+    model: LatentDiffusion, teacher: LatentDiffusion | None, opposed: bool
+) -> LatentDiffusion:
+    """What the other networks start from; `UserError` for what cannot be that of this model."""
+    if teacher is None:
+        if opposed and model.schedule.consistency:
+            raise UserError(
+                "model: it is a few-step student already, and no teacher whose score or features "
+                "others could start from; name the model that it was made from with --gan.teacher."
+            )
+        return model
+    if teacher.schedule.consistency:
+        raise UserError("gan.teacher: it is a few-step student; give the model it was made from.")
+    same = (teacher.family.name, teacher.codec.channels, teacher.schedule.kind)
+    if same != (model.family.name, model.codec.channels, model.schedule.kind):
+        raise UserError(
+            f"gan.teacher: {teacher.family.name} with {teacher.codec.channels} channels is no "
+            f"teacher of this {model.family.name} with {model.codec.channels}."
+        )
+    return teacher
+
+
+def plain(denoiser: Denoiser) -> Denoiser:
+    """A copy without adapters, for times of the whole schedule."""
+    return Denoiser(plain_copy(denoiser.model), denoiser.family, denoiser.schedule)
+
+
+def new_discriminator(
+    model: LatentDiffusion,
+    teacher: Denoiser,
+    config: GanConfig,
+    seed: int,
+    told: float | None,
+    dtype: torch.dtype,
+) -> Discriminator:
+    """The discriminator as it starts.
+
+    Arguments:
+        model: whose latents and prompts it sees.
+        teacher: what it is a copy of.
+        config: resolved.
+        seed: of the heads.
+        told: what a network with a guidance embedding is told.
+        dtype: of what stays frozen.
+    """
+    edge = 2 * model.working_multiple
+    cond = model.conditioner.encode([model.conditioner.example], (edge, edge))
+    shape = model.codec.channels, edge // model.codec.factor, edge // model.codec.factor
+    example = Given(cond.to(teacher.device), torch.zeros(1, *shape, device=teacher.device))
+    if config.discriminator == "ladd":
+        network = feature_discriminator(teacher, example, seed=seed, guidance=told)
+        network.denoiser.to(dtype)
+        return network
+    inputs = {"noise_input": bool(config.noise_input), "multiscale": config.multiscale}
+    return unet_discriminator(teacher, example, seed=seed, guidance=told, **inputs)
+
+
+class Accuracy:
+    """The running part of true and generated latents that a discriminator tells right.
+
+    Attributes:
+        tensors: "accuracy" and "steps", for `state()`.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: Mapping[str, Tensor] = {n: torch.zeros(()) for n in ("accuracy", "steps")}
+        self._warned = False
+
+    def place(self, device: torch.device) -> None:
+        """Move the numbers there."""
+        self.tensors = {name: value.to(device) for name, value in self.tensors.items()}
+
+    def update(self, accuracy: Tensor) -> None:
+        """Take in that of one step, ()."""
+        self.tensors["accuracy"].lerp_(accuracy, 1 - DECAY)
+        self.tensors["steps"].add_(1)
+
+    def inspect(self, remedy: str) -> None:
+        """Warn once of a discriminator that tells nearly all."""
+        steps = self.tensors["steps"].item()
+        if self._warned or steps < WATCHED:
+            return
+        accuracy = self.tensors["accuracy"].item() / (1 - math.pow(DECAY, steps))
+        if accuracy > ACCURATE:
+            self._warned = True
+            warn(
+                f"gan: the discriminator tells {accuracy:.0%} of true and generated latents apart, "
+                f"so that the generator learns little from it; {remedy}, or lower --gan.rate."
+            )
