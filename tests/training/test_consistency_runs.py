@@ -63,7 +63,8 @@ def test_the_result_is_a_stock_few_step_pipeline(train, tmp_path):
     assert not torch.equal(*told)
     card = read_card(str(folder))
     assert (card.guidance_scale, card.steps) == (7.5, 4)
-    assert 'pipeline("...", num_inference_steps=4)' in (folder / "README.md").read_text()
+    said = 'pipeline("...", num_inference_steps=4, guidance_scale=7.5)'
+    assert said in (folder / "README.md").read_text()
     out = tmp_path / "pictures"
     words = ["generate", "a tree", "--model", folder, "--output", out, "--num", 2]
     assert main(list(map(str, words))) == 0
