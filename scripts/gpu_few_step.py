@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
@@ -18,15 +17,16 @@ from diffkit import cli
 from diffkit.data.trajectory_store import Prompt
 from diffkit.generation.trajectories import Teacher, header_of
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.objectives.base import Objective
-from diffkit.objectives.consistency_config import ConsistencyConfig
+from diffkit.models.lora import add_lora
 from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig
 from diffkit.objectives.reward_guided_config import RewardConfig
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig
 from diffkit.perceptual.latent_lpips_io import save_latent_lpips
-from diffkit.training.consistency import ConsistencyTraining, build_consistency
+from diffkit.training.consistency import ConsistencyTraining
 from diffkit.training.diffusion_gan import GanTraining, build_gan
-from diffkit.training.reward_guided import RewardGuidedTraining, build_reward_guided
+from diffkit.training.launch import LORA_NAME
+from diffkit.training.registry import method_of
+from diffkit.training.reward_guided import RewardGuidedTraining
 
 sys.path.append(str(Path(__file__).parent / "bench"))  # whose files import one another as scripts
 import objective_steps  # noqa: E402
@@ -103,44 +103,44 @@ def teacher_of(setting: Setting) -> Teacher:
 
 
 def consistency(setting: Setting) -> dict[str, Any]:
-    """Steps of LCD and of RG-LCD in bf16, all weights: seconds, peak memory, finite losses."""
+    """Steps of LCD and RG-LCD in bf16, whole or a LoRA: seconds, peak memory, finite losses.
+
+    The pictures of two prompts are looked at before the first step, as in a run.
+    """
     small = setting.device != "cuda"
-    direct = RewardConfig(chunk=1, checkpoint="none" if small else "block")
     common: dict[str, Any] = {"data": "", "output": setting.scratch, "mixed_precision": "bf16"}
-    lcd = ConsistencyConfig(diversity_every=0)
-    plain = ConsistencyTraining(**common, lcd=lcd)
-    rewarded = RewardGuidedTraining(**common, lcd=lcd, reward=direct)
-    proxy = RewardGuidedTraining(**common, lcd=lcd, reward=RewardConfig(mode="proxy", chunk=1))
-
-    def students(config: ConsistencyTraining) -> LatentDiffusion:
-        model = config.prepared(setting.model(torch.float32))
-        model.codec.to(dtype=torch.bfloat16)
-        model.denoiser.model.requires_grad_(True)
-        return model
-
-    arms: dict[str, Callable[[], tuple[LatentDiffusion, Objective]]] = {
-        "lcd": lambda: _with(students(plain), lambda m: build_consistency(m, plain, None)),
-        "rg_lcd, decoded": lambda: _with(
-            students(rewarded), lambda m: build_reward_guided(m, rewarded, None)
-        ),
-        "rg_lcd, proxy": lambda: _with(
-            students(proxy), lambda m: build_reward_guided(m, proxy, None)
-        ),
+    direct = RewardConfig(chunk=1, checkpoint="none" if small else "block")
+    proxy = RewardConfig(mode="proxy", chunk=1)
+    configs: dict[str, ConsistencyTraining] = {
+        "lcd": ConsistencyTraining(**common),
+        "rg_lcd, decoded": RewardGuidedTraining(**common, reward=direct),
+        "rg_lcd, proxy": RewardGuidedTraining(**common, reward=proxy),
+        "rg_lcd, proxy, LoRA": RewardGuidedTraining(**common, reward=proxy, lora_rank=16),
     }
     rows = {}
-    for name, make in arms.items():
+    for name, config in configs.items():
         empty(setting.device)
-        model, objective = make()
+        model = student(setting, config)
+        lora = None if config.lora_rank is None else LORA_NAME
+        objective = method_of(config).build(model, config, lora)
+        objective.meet(["a picture", "another picture"])
         batches = objective_steps.Cache(model, BATCH).pictures
         rows[name] = run_steps(name, PhasedSteps(objective, model.device, batches, True), 8)
         del model, objective, batches
     return {"batch": BATCH, "rows": rows}
 
 
-def _with(
-    model: LatentDiffusion, build: Callable[[LatentDiffusion], Objective]
-) -> tuple[LatentDiffusion, Objective]:
-    return model, build(model)
+def student(setting: Setting, config: ConsistencyTraining) -> LatentDiffusion:
+    """As `diffkit train` prepares it: all weights trainable, or a LoRA alone."""
+    model = config.prepared(setting.model(torch.float32))
+    model.codec.to(dtype=torch.bfloat16)
+    whole = config.lora_rank is None
+    for network in model.networks.values():
+        network.requires_grad_(whole and network is model.denoiser.model)
+    if config.lora_rank is not None:
+        model.denoiser.to(torch.bfloat16)
+        add_lora(model, config.lora_rank, None, config.adapted(model), name=LORA_NAME)
+    return model
 
 
 def adversaries(setting: Setting) -> dict[str, Any]:
@@ -158,10 +158,11 @@ def adversaries(setting: Setting) -> dict[str, Any]:
         output=setting.scratch,
         batch_size=BATCH,
         mixed_precision="bf16",
-        gan=GanConfig(latent_lpips=str(metric), warmup=1, diversity_every=0),
+        gan=GanConfig(latent_lpips=str(metric), warmup=1),
         dmd=DmdConfig(),
     )
     objective = build_gan(model, config, None)
+    objective.meet(["a picture", "another picture"])
     cached = objective_steps.Cache(model, BATCH).conditioning
     batches = trajectory_batches(model, cached, BATCH)
     steps = PhasedSteps(objective, model.device, batches, True)

@@ -51,7 +51,8 @@ class PhasedSteps:
         """One training step; the mean loss of every phase that was due."""
         step, objective = self.made, self.objective
         self.made += 1
-        objective.begin(step)
+        with self._precision():
+            objective.begin(step)
         batch = self.batches(step)
         due = [phase for phase in objective.phases() if phase.due(step)]
         material: dict[int, tuple[Any, Any]] = {}

@@ -30,7 +30,12 @@ def test_steps_of_consistency_distillation(setting: gpu_check.Setting, tmp_path:
     passed = gpu_check.run_section("consistency", setting, tmp_path)
     result = read_json(tmp_path / "consistency.json")
     assert passed, result
-    assert list(result["rows"]) == ["lcd", "rg_lcd, decoded", "rg_lcd, proxy"]
+    assert list(result["rows"]) == [
+        "lcd",
+        "rg_lcd, decoded",
+        "rg_lcd, proxy",
+        "rg_lcd, proxy, LoRA",
+    ]
     assert all(row["seconds"] > 0 for row in result["rows"].values())
 
 
