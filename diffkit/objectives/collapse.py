@@ -6,8 +6,9 @@ again and again, and
 
     diversity = mean over prompts of the mean over pairs (i, j) of sqrt(mean((z_i - z_j)^2))
 
-in latents is held against the best that this run has had. A model that has just been started from
-its teacher makes blurred pictures in one step, which are alike, so its start is no measure.
+in latents is held against the best that this run has had since its first step. What a teacher makes
+in one step is no measure: it is blurred, so that the pictures are alike, or at an earlier time than
+the last still full of the noise, so that they differ more than pictures do.
 """
 
 from __future__ import annotations
@@ -81,11 +82,12 @@ class DiversityGuard:
         return normal((self.prompts * self.noises, *shape), "diversity")
 
     @torch.no_grad()
-    def record(self, latents: Tensor) -> None:
-        """Take in what the model made of `noise`, (prompts x noises, C, h, w)."""
+    def record(self, latents: Tensor, step: int) -> None:
+        """Take in what the model made of `noise`, (prompts x noises, C, h, w), before `step`."""
         value = within_prompt_diversity(latents.unflatten(0, (self.prompts, self.noises)))
         self.tensors["value"].copy_(value)
-        self.tensors["best"].copy_(torch.maximum(value, self.tensors["best"]))
+        if step:
+            self.tensors["best"].copy_(torch.maximum(value, self.tensors["best"]))
 
     def inspect(self, method: str) -> None:
         """Warn once, or raise `RunFailed`, if the pictures of a prompt have become alike."""
@@ -154,7 +156,7 @@ class DiversityWatch:
         side = self._model.default_size
         noise = guard.noise(self._model.latent_shape(side, side)).to(guard.value.device)
         parts = zip(noise.chunk(guard.prompts), self._cond, strict=True)
-        guard.record(torch.cat([make(part, cond) for part, cond in parts]))
+        guard.record(torch.cat([make(part, cond) for part, cond in parts]), step)
 
     def inspect(self, method: str) -> None:
         """Warn, or raise `RunFailed`, when pictures of one prompt become alike."""

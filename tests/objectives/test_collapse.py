@@ -29,26 +29,40 @@ def test_it_warns_once_and_then_stops(capsys: pytest.CaptureFixture[str]) -> Non
     watch = guard()
     pictures = watch.noise((4, 2, 2))
     watch.inspect("gan")  # nothing was measured yet
-    watch.record(0.5 * pictures)
-    watch.record(pictures)
-    watch.record(0.75 * pictures)
+    watch.record(0.5 * pictures, 10)
+    watch.record(pictures, 20)
+    watch.record(0.75 * pictures, 30)
     watch.inspect("gan")
     assert capsys.readouterr().err == ""
-    watch.record(0.6 * pictures)
+    watch.record(0.6 * pictures, 40)
     watch.inspect("gan")
     watch.inspect("gan")
     said = capsys.readouterr().err
     assert said.count("60%") == 1
-    watch.record(0.3 * pictures)
+    watch.record(0.3 * pictures, 50)
     with pytest.raises(RunFailed, match="collapsed.*30%"):
         watch.inspect("gan")
 
 
 def test_a_resumed_guard_remembers_the_best() -> None:
     first, second = guard(), guard()
-    first.record(first.noise((4, 2, 2)))
+    first.record(first.noise((4, 2, 2)), 10)
     for name, tensor in first.tensors.items():
         second.tensors[name].copy_(tensor)
-    second.record(0.1 * second.noise((4, 2, 2)))
+    second.record(0.1 * second.noise((4, 2, 2)), 20)
     with pytest.raises(RunFailed, match="collapsed"):
         second.inspect("gan")
+
+
+def test_the_noise_that_a_teacher_leaves_in_one_step_is_no_measure() -> None:
+    """Called at t = 399 a teacher gives most of the noise back: a run that learnt to remove it
+    would have been stopped as collapsed."""
+    watch = guard()
+    pictures = watch.noise((4, 2, 2))
+    watch.record(3 * pictures, 0)
+    watch.inspect("gan")
+    watch.record(pictures, 10)
+    watch.inspect("gan")
+    watch.record(0.3 * pictures, 20)
+    with pytest.raises(RunFailed, match="collapsed"):
+        watch.inspect("gan")
