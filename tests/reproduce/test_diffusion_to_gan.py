@@ -29,6 +29,7 @@ from diffusion_to_gan_parts.report import MEASURES
 from matplotlib.figure import Figure
 from runner.experiment import Cell, Experiment, Results
 from runner.pairs import pair_folder
+from runner.scores import detail
 from runner.students import Asked, Judge, encoded_strip, strip
 
 from diffkit.data.trajectories import TrajectoryData
@@ -37,6 +38,7 @@ from diffkit.files import read_jsonl
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.diffusion_gan_config import GanConfig
+from diffkit.perceptual.spectra import high_frequency_energy
 
 EMBEDDED = path("model")
 
@@ -107,15 +109,28 @@ def test_the_teachers_own_end_points_are_without_fault(data: Path, tmp_path: Pat
     network = FeatureNetwork.load(path("features"))
     judge = Judge(held, asked, data, LatentDiffusion.load(EMBEDDED), network)
     own = judge.scores(held.latents, judge.pictures)
-    assert own["energy"] == own["diversity"] == 1
+    assert own["detail"] == own["diversity"] == 1
     assert own["latent_error"] == own["perceptual"] == 0
     assert own["concept"] in (0, 0.5, 1) and own["style"] == 1  # the only one that is asked for
     mirrored = judge.scores(held.latents.flip(-1), judge.pictures.flip(-1))
-    assert mirrored["energy"] == pytest.approx(1, rel=0.05)  # the window is not its own mirror
+    assert mirrored["detail"] == pytest.approx(1, rel=0.05)  # the window is not its own mirror
     assert mirrored["diversity"] == pytest.approx(1)
     assert mirrored["latent_error"] > 0.01 and mirrored["perceptual"] > 0.01
     grey = judge.scores(torch.zeros_like(held.latents), torch.zeros_like(judge.pictures))
-    assert grey["energy"] == grey["diversity"] == 0 and grey["kernel"] > own["kernel"]
+    assert grey["detail"] == grey["diversity"] == 0 and grey["kernel"] > own["kernel"]
+
+
+def test_a_mean_of_pictures_has_less_detail() -> None:
+    """The share of high frequencies, which was measured at first, called the mean the sharper."""
+    angle = 2 * torch.pi * torch.arange(64) / 64
+    coarse = torch.sin(4 * angle).expand(1, 3, 64, 64)
+    one, other = (
+        scale * coarse + 0.1 * torch.sin(24 * angle + phase)
+        for scale, phase in ((1.0, 0.0), (-0.5, 2 * torch.pi / 3))
+    )
+    mean = (one + other) / 2
+    assert high_frequency_energy(mean) > 3 * high_frequency_energy(one)
+    assert detail(mean) == pytest.approx(detail(one) / 4, rel=1e-3)
 
 
 def test_strips_of_pictures_survive_their_text() -> None:
@@ -145,7 +160,7 @@ def test_tiny_cells(experiment: Experiment, data: Path) -> None:
     assert log.read_bytes() == before and strip(values["pictures"]).shape == (64, 128, 3)
     assert values["latent_error"] > 0 and json.loads(json.dumps(values)) == values
     bare = made(experiment.cell(BARE, 0))
-    assert "run loss" not in bare and bare["energy"] > 0
+    assert "run loss" not in bare and bare["detail"] > 0
 
 
 def known() -> Results:
@@ -157,7 +172,7 @@ def known() -> Results:
             kernel = 0.2 if arm == BEST else 0.15 if arm == FULL else 0.3
             kernel = 0.19 if arm == ON else kernel
             values = {measure.key: 0.5 for measure in MEASURES}
-            values |= {"energy": 0.2 if arm == MSE else 0.9, "kernel": kernel + 0.001 * seed}
+            values |= {"detail": 0.2 if arm == MSE else 0.9, "kernel": kernel + 0.001 * seed}
             cells[arm, seed] = {"n": 4, "device": "cuda", "pictures": strips, **values}
     return Results(cells)
 

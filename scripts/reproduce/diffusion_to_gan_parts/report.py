@@ -33,7 +33,7 @@ MEASURES = (
     Measure("kernel", "kernel distance to the pictures", ".4f"),
     Measure("concept", "concept, by the feature network", ".1%"),
     Measure("style", "style, by the feature network", ".1%"),
-    Measure("energy", "power from half Nyquist on, over the teacher's", ".3f"),
+    Measure("detail", "power from half Nyquist on, over the teacher's", ".3f"),
     Measure("latent_error", "squared error to the teacher's latents", ".4f"),
     Measure("perceptual", "perceptual distance to the teacher's picture", ".3f"),
     Measure("diversity", "diversity of a caption, over the teacher's", ".3f"),
@@ -76,7 +76,7 @@ def verdicts(results: Results) -> list[str]:
     lines = []
     if found:
         nearest = min(found, key=lambda arm: mean(results, arm, "kernel"))
-        blurred = min(found, key=lambda arm: mean(results, arm, "energy"))
+        blurred = min(found, key=lambda arm: mean(results, arm, "detail"))
         closest = min(found, key=lambda arm: mean(results, arm, "latent_error"))
         lines.append(
             f"Of the regressions {nearest} has the least kernel distance, {blurred} the least "

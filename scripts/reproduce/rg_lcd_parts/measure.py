@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from runner.inputs import FEATURES
 from runner.open_captions import KINDS, open_caption
+from runner.scores import detail
 from torch import Tensor
 
 from diffkit.evaluation.kernel_distance import kernel_distance_weighted
@@ -18,7 +19,6 @@ from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
 from diffkit.objectives.collapse import within_prompt_diversity
-from diffkit.perceptual.spectra import power_spectrum, ring_frequencies
 from diffkit.randomness import normal
 from diffkit.rewards.spec import load_reward
 
@@ -118,12 +118,10 @@ class Judges:
         """All measures of samples made of `prompts`, in order."""
         drawn = self._features(images)
         kernel = kernel_distance_weighted(drawn, self.real, torch.ones(len(drawn)).to(drawn))
-        spectrum = power_spectrum(images).mean(0).cpu()
-        high = ring_frequencies(*images.shape[-2:]) >= 0.5
         found = {
             "kernel": float(kernel),
             "endpoint": float((latents - self.ends).square().mean()),
-            "detail": float(spectrum[high].mean()),
+            "detail": detail(images),
             "diversity": float(
                 within_prompt_diversity(latents.unflatten(0, (-1, self.prompts.noises)))
             ),

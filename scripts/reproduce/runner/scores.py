@@ -16,12 +16,14 @@ from diffkit.models.denoiser import Denoiser
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.denoising import denoising_loss
+from diffkit.perceptual.spectra import power_spectrum, ring_frequencies
 from diffkit.randomness import normal, uniform
 
 __all__ = [
     "BATCH",
     "BINS",
     "HeldOut",
+    "detail",
     "features_of",
     "generate",
     "held_out_draws",
@@ -34,6 +36,16 @@ BINS = 10
 """Equal parts of the training times in which the loss is measured."""
 
 BATCH = 32
+
+
+def detail(images: Tensor) -> float:
+    """Mean power of pictures (n, C, H, W) over the rings from half Nyquist on.
+
+    Not its share of all power: a picture that is a mean of several loses contrast at every scale,
+    and its share of high frequencies may even grow.
+    """
+    high = ring_frequencies(*images.shape[-2:]) >= 0.5
+    return float(power_spectrum(images).mean(0).cpu()[high].mean())
 
 
 def picture_scores(

@@ -21,9 +21,8 @@ from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
 from diffkit.objectives.collapse import within_prompt_diversity
-from diffkit.perceptual.spectra import high_frequency_energy
 from diffkit.perceptual.unit_distance import unit_distance
-from runner.scores import BATCH, features_of
+from runner.scores import BATCH, detail, features_of
 
 __all__ = ["Asked", "Judge", "decoded", "encoded_strip", "few_step_latents", "strip"]
 
@@ -90,24 +89,22 @@ class Judge:
         """The numbers of latents (n, C, h, w), float32 on the CPU, and their decoded pictures.
 
         `kernel`: kernel distance of the features to those of all real pictures. `concept`, `style`:
-        parts of those pictures whose caption names one, in which the
-        classifier finds it among all that are asked for. `energy`: their
-        power from half Nyquist on, over the teacher's, both as parts of the whole. `latent_error`
-        and `perceptual`: mean squared distance of latents, and unit distance of the feature
-        network's maps, summed over the maps, to the teacher's end point of the same noise.
+        parts of those pictures whose caption names one, in which the classifier finds it among all
+        that are asked for. `detail`: their power from half Nyquist on, over the teacher's.
+        `latent_error` and `perceptual`: mean squared distance of latents, and unit distance of the
+        feature network's maps, summed over the maps, to the teacher's end point of the same noise.
         `diversity`: how much pictures of one caption differ, over the teacher's.
         """
         logits = self.network.classify(images)
         drawn = features_of(self.network, images)
         kernel = kernel_distance_weighted(drawn, self.reference, torch.ones(len(drawn)))
-        energy, usual = (high_frequency_energy(x).mean() for x in (images, self.pictures))
         diversity, teacher = (self._diversity(x) for x in (latents, self.held.latents))
         return {
             "n": len(images),
             "kernel": float(kernel),
             "concept": self._told("concept", logits["concept"]),
             "style": self._told("style", logits["style"]),
-            "energy": float(energy / usual),
+            "detail": detail(images) / detail(self.pictures),
             "latent_error": float((latents - self.held.latents).square().mean()),
             "perceptual": self._perceptual(images),
             "diversity": diversity / teacher,
