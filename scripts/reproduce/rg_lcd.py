@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 from rg_lcd_parts.measure import POOLED, Judges, Prompts, Sampler
-from rg_lcd_parts.report import ABLATIONS, LCD, TEACHER_ARM, draw, text
+from rg_lcd_parts.report import ABLATIONS, LCD, LONG, TEACHER_ARM, draw, text
 from runner.experiment import Cell, Experiment, digest
 from runner.inputs import asset_digests, read_pictures
 from runner.main import main
 from runner.open_captions import TEACHER, open_pictures, open_teacher
-from runner.work import INTERRUPTED, Interrupted, claim
+from runner.stages import train_stages
+from runner.work import claim
 from safetensors.torch import load, save
 from torch import Tensor
 
-from diffkit.errors import RunFailed
 from diffkit.files import atomic_write, read_jsonl
 from diffkit.models.few_step import consistency_scheduler
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -36,10 +36,7 @@ from diffkit.models.lora import load_lora
 from diffkit.objectives.consistency_config import ConsistencyConfig
 from diffkit.objectives.proxy_reward import ProxyRewardConfig
 from diffkit.objectives.reward_guided_config import RewardConfig
-from diffkit.training.config import TrainConfig
 from diffkit.training.consistency import ConsistencyTraining
-from diffkit.training.folder import RunFolder
-from diffkit.training.launch import train
 from diffkit.training.proxy_reward import ProxyRewardTraining
 from diffkit.training.reward_guided import RewardGuidedTraining
 
@@ -55,6 +52,7 @@ PROXY: dict[str, Any] = {
 ARMS: dict[str, dict[str, Any]] = {
     TEACHER_ARM: {"lcd": None},
     LCD: {},
+    LONG: {"run of": LCD, "stages": [400, 1200]},
     "direct": {"reward": DIRECT},
     "direct, large": {"reward": DIRECT | {"share": 2.0}},
     "proxy": {"reward": PROXY, "proxy": {"network": "vit", "text": "embedded"}},
@@ -74,20 +72,20 @@ SETTINGS: dict[str, Any] = {
     "data": "t2i-64, open captions",
     "assets": asset_digests("model/unet", "model/vae", "model/text_encoder", "scorer"),
     "teacher": TEACHER,
-    "steps": 600,
+    "stages": [400],
     "batch_size": 32,
     "learning_rate": 1e-4,
     "warmup_steps": 30,
     "ema": 0.99,
     "lcd": {},
-    "guidance": [1.5, 3.5],
+    "guidance": [1.5, 2.5],
     "told": 2.0,
     "sampled": [1, 2, 4],
     "pretraining": {"steps": 300, "batch_size": 64, "learning_rate": 5e-4, "warmup_steps": 30},
 }
 SCORING: dict[str, Any] = {
     "assets": asset_digests("features", "scorer"),
-    "noises": 3,
+    "noises": 6,
     "teacher_steps": [1, 2, 4, 10, 20],
     "endpoint_steps": 20,
 }
@@ -113,17 +111,6 @@ def common(cell: Cell, data: Path, teacher: Path, output: Path) -> dict[str, Any
     }
 
 
-def finished(config: TrainConfig) -> Path:
-    """Train, or go on where it stopped; the folder of the result."""
-    with claim(Path(config.output), wait=True):
-        code = train(config)
-    if code == INTERRUPTED:
-        raise Interrupted
-    if code:
-        raise RunFailed(f"{config.output}: the training ended with code {code}.")
-    return RunFolder(config).result
-
-
 def proxy_configuration(cell: Cell, data: Path, teacher: Path) -> ProxyRewardTraining:
     """The training of a proxy before it is fitted to the reward; one for all seeds."""
     settings, kind = cell.settings["pretraining"], cell.settings["proxy"]
@@ -139,17 +126,17 @@ def proxy_configuration(cell: Cell, data: Path, teacher: Path) -> ProxyRewardTra
 
 
 def configuration(
-    cell: Cell, data: Path, teacher: Path, proxy: Path | None = None
+    cell: Cell, data: Path, teacher: Path, output: Path, proxy: Path | None = None
 ) -> ConsistencyTraining:
-    """The distillation of one arm."""
+    """The distillation of one arm, in the run folder `output`."""
     settings = cell.settings
     low, high = settings["guidance"]
     if settings.get("lora_rank"):
         low = high = settings["told"]
     flags: dict[str, Any] = {
-        **common(cell, data, teacher, cell.work / "run"),
+        **common(cell, data, teacher, output),
         "seed": cell.seed,
-        "max_steps": settings["steps"],
+        "max_steps": settings["stages"][-1],
         "batch_size": settings["batch_size"],
         "learning_rate": settings["learning_rate"],
         "warmup_steps": settings["warmup_steps"],
@@ -203,7 +190,22 @@ def logged(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def measured(cell: Cell, data: Path, teacher: Path) -> dict[str, Any]:
+def trained(cell: Cell, data: Path, teacher: Path, experiment: Experiment) -> tuple[Path, Path]:
+    """The run folder of a cell, and its model there.
+
+    An arm that is another's run for longer goes on in that one's folder.
+    """
+    settings = cell.settings
+    owner = experiment.cell(settings.get("run of", cell.arm), cell.seed)
+    proxy = None
+    if "proxy" in settings:
+        before = proxy_configuration(cell, data, teacher)
+        (proxy,) = train_stages(before, [settings["pretraining"]["steps"]])
+    config = configuration(cell, data, teacher, owner.work / "run", proxy)
+    return Path(config.output), train_stages(config, settings["stages"])[-1]
+
+
+def measured(cell: Cell, data: Path, teacher: Path, experiment: Experiment) -> dict[str, Any]:
     """The numbers of a cell: a list over the numbers of steps for each measure."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings, scoring = cell.settings, cell.scoring
@@ -211,12 +213,9 @@ def measured(cell: Cell, data: Path, teacher: Path) -> dict[str, Any]:
     start = Sampler(LatentDiffusion.load(teacher, device=device), settings["told"], cell.seed)
     sampler, steps, values = start, scoring["teacher_steps"], {}
     if settings["lcd"] is not None:
-        proxy = None
-        if "proxy" in settings:
-            proxy = finished(proxy_configuration(cell, data, teacher))
-        result = finished(configuration(cell, data, teacher, proxy))
+        folder, result = trained(cell, data, teacher, experiment)
         sampler, steps = student(cell, teacher, result, device), settings["sampled"]
-        values = logged(read_jsonl(cell.work / "run" / "metrics.jsonl"))
+        values = logged(read_jsonl(folder / "metrics.jsonl"))
     judges = Judges(prompts, read_pictures(data)[0], endpoints(cell, start, prompts), device)
     each = {}
     for number in steps:
@@ -228,7 +227,7 @@ def measured(cell: Cell, data: Path, teacher: Path) -> dict[str, Any]:
 
 def run(cell: Cell) -> dict[str, Any]:
     """Train one arm with one seed and measure it."""
-    return measured(cell, open_pictures(), open_teacher())
+    return measured(cell, open_pictures(), open_teacher(), EXPERIMENT)
 
 
 EXPERIMENT = Experiment(
@@ -239,7 +238,7 @@ EXPERIMENT = Experiment(
     settings=SETTINGS,
     scoring=SCORING,
     run=run,
-    text=partial(text, settings=SETTINGS),
+    text=partial(text, settings=SETTINGS, long=ARMS[LONG]["stages"][-1]),
     draw=draw,
     fewer=dict.fromkeys(ABLATIONS, (0,)),
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from matplotlib.figure import Figure
 from reproduce import rg_lcd
 from rg_lcd_parts import report
 from rg_lcd_parts.measure import Prompts, Sampler
-from runner.experiment import Cell, Results
+from runner.experiment import Experiment, Results
+from safetensors.torch import load_file
 
 from diffkit.files import read_jsonl
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -24,6 +24,7 @@ from diffkit.training.consistency import ConsistencyTraining
 from diffkit.training.reward_guided import RewardGuidedTraining
 
 TEACHER = path("model")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -40,26 +41,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cell(tmp_path: Path) -> Callable[[str, int], Cell]:
-    tiny = {"steps": 3, "batch_size": 4, "warmup_steps": 1}
-    pretraining = {**rg_lcd.SETTINGS["pretraining"], **tiny}
-    settings = {**rg_lcd.SETTINGS, **tiny, "sampled": [1, 2], "pretraining": pretraining}
+def experiment(tmp_path: Path) -> Experiment:
+    tiny = {"batch_size": 4, "warmup_steps": 1}
+    pretraining = {**rg_lcd.SETTINGS["pretraining"], **tiny, "steps": 3}
+    own = {"sampled": [1, 2], "pretraining": pretraining, "stages": [3]}
+    settings = {**rg_lcd.SETTINGS, **tiny, **own}
+    arms = {**rg_lcd.ARMS, report.LONG: {**rg_lcd.ARMS[report.LONG], "stages": [3, 5]}}
     scoring = {**rg_lcd.SCORING, "noises": 2, "teacher_steps": [1, 2], "endpoint_steps": 2}
-    return replace(rg_lcd.EXPERIMENT, settings=settings, scoring=scoring, work=tmp_path).cell
+    return replace(rg_lcd.EXPERIMENT, arms=arms, settings=settings, scoring=scoring, work=tmp_path)
 
 
-def test_every_arm_is_a_configuration(cell: Callable[[str, int], Cell], data: Path) -> None:
+def test_every_arm_is_a_configuration(experiment: Experiment, data: Path) -> None:
     for arm, values in rg_lcd.ARMS.items():
-        one = cell(arm, 0)
+        one = experiment.cell(arm, 0)
         if one.settings["lcd"] is None:
             continue
         if "proxy" in values:
             rg_lcd.proxy_configuration(one, data, TEACHER).check()
-        config = rg_lcd.configuration(one, data, TEACHER, None)
+        config = rg_lcd.configuration(one, data, TEACHER, one.work)
         config.check()
         assert isinstance(config, ConsistencyTraining)
         assert isinstance(config, RewardGuidedTraining) == ("reward" in values)
-    main = {report.TEACHER_ARM, report.LCD, *report.REWARDED}
+    main = {report.TEACHER_ARM, report.LCD, report.LONG, *report.REWARDED}
     assert set(rg_lcd.ARMS) == main | set(report.ABLATIONS)
 
 
@@ -79,9 +82,9 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["teacher", "proxy", "two segments", "LoRA"])
-def test_a_tiny_cell(cell: Callable[[str, int], Cell], data: Path, arm: str) -> None:
-    one = cell(arm, 0)
-    values = rg_lcd.measured(one, data, TEACHER)
+def test_a_tiny_cell(experiment: Experiment, data: Path, arm: str) -> None:
+    one = experiment.cell(arm, 0)
+    values = rg_lcd.measured(one, data, TEACHER, experiment)
     assert values["device"] and values["n"] == 2 * len(set(Prompts.read(data, 1).captions))
     assert json.loads(json.dumps(values)) == values
     for scores in values["steps"].values():
@@ -94,8 +97,22 @@ def test_a_tiny_cell(cell: Callable[[str, int], Cell], data: Path, arm: str) -> 
         assert values["steps"]["1"]["endpoint"] > 0
     else:
         before = (one.work / "run" / "metrics.jsonl").read_bytes()
-        assert rg_lcd.measured(one, data, TEACHER) == values
+        assert rg_lcd.measured(one, data, TEACHER, experiment) == values
         assert (one.work / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [report.LCD, report.LONG])
+def test_the_longer_arm_is_the_same_run(experiment: Experiment, data: Path, first: str) -> None:
+    """Whichever cell is made first."""
+    cells = [experiment.cell(arm, 0) for arm in (report.LCD, report.LONG)]
+    order = cells if first == report.LCD else cells[::-1]
+    found = {c.arm: rg_lcd.trained(c, data, TEACHER, experiment) for c in order}
+    assert found[report.LCD][0] == found[report.LONG][0] == cells[0].work / "run"
+    rows = read_jsonl(cells[0].work / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    weights = [load_file(found[c.arm][1] / "unet" / WEIGHTS) for c in cells]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def known() -> Results:

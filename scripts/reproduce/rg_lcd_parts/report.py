@@ -14,9 +14,9 @@ from runner.report import MORE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ABLATIONS", "LCD", "TEACHER_ARM", "draw", "text"]
+__all__ = ["ABLATIONS", "LCD", "LONG", "TEACHER_ARM", "draw", "text"]
 
-TEACHER_ARM, LCD = "teacher", "LCD"
+TEACHER_ARM, LCD, LONG = "teacher", "LCD", "LCD, long"
 REWARDED = ("direct", "direct, large", "proxy")
 ABLATIONS = {
     "online target": "the student itself in place of its moving average as the target",
@@ -96,8 +96,8 @@ def mean(results: Results, arm: str, kind: Kind, steps: int) -> str:
 
 
 def curve_table(results: Results) -> Iterator[str]:
-    """Kernel distance and distance to the endpoint by steps, teacher and student."""
-    arms = [arm for arm in (TEACHER_ARM, LCD) if results.seeds(arm)]
+    """Kernel distance and distance to the endpoint by steps, teacher and students."""
+    arms = [arm for arm in (TEACHER_ARM, LCD, LONG) if results.seeds(arm)]
     kinds = (KERNEL, KINDS[-1], KINDS[3])
     yield "| arm | steps | " + " | ".join(kind.label for kind in kinds) + " |"
     yield "| --- | --- |" + " --- |" * len(kinds)
@@ -112,16 +112,22 @@ PAIRS = ((1, 1), (2, 2), (4, 4), (4, 10), (4, 20))
 
 
 def distillation(results: Results) -> Iterator[str]:
-    """The student against its teacher, in kernel distance."""
-    if not results.seeds(LCD, TEACHER_ARM):
+    """The students against their teacher, in kernel distance."""
+    arms = [arm for arm in (LCD, LONG) if results.seeds(arm, TEACHER_ARM)]
+    if not arms:
         yield f"No seed has both {TEACHER_ARM} and {LCD} yet."
         return
-    yield "| student's steps | teacher's | kernel distance, student / teacher, 95 % interval |"
-    yield "| --- | --- | --- |"
+    yield "Kernel distance, student / teacher, 95 % interval:"
+    yield ""
+    yield f"| student's steps | teacher's | {' | '.join(arms)} |"
+    yield "| --- | --- |" + " --- |" * len(arms)
     for ours, theirs in PAIRS:
-        found = contrast(results, (LCD, ours), (TEACHER_ARM, theirs), KERNEL)
-        assert found is not None
-        yield f"| {ours} | {theirs} | {told(found, KERNEL)} |"
+        cells = []
+        for arm in arms:
+            found = contrast(results, (arm, ours), (TEACHER_ARM, theirs), KERNEL)
+            assert found is not None
+            cells.append(told(found, KERNEL))
+        yield f"| {ours} | {theirs} | {' | '.join(cells)} |"
 
 
 def rewards_table(results: Results, steps: int) -> Iterator[str]:
@@ -184,20 +190,23 @@ def ablation_table(results: Results) -> Iterator[str]:
             yield f"| {arm} | {meaning} | {steps} | " + " | ".join(cells) + " |"
 
 
-def text(results: Results, settings: Mapping[str, Any]) -> str:
+def text(results: Results, settings: Mapping[str, Any], long: int) -> str:
     """Distillation against the teacher, then what a reward adds and costs.
 
     Arguments:
         settings: of all arms.
+        long: steps of the longest run.
     """
+    low, high = settings["guidance"]
     known = next(iter(results.values.values()))
     devices = ", ".join(sorted({values["device"] for values in results.values.values()}))
     return "\n".join(
         [
             "The teacher is the embedded model trained on with captions that leave things open; "
             "its own steps are DDIM's with guidance 2. Students: all weights, "
-            f"{settings['steps']} steps of {settings['batch_size']}, guidance drawn from 1.5 to "
-            "3.5 and told to the student, sampled at 2. Each measure is of "
+            f"{settings['stages'][-1]} steps of {settings['batch_size']} ({LONG}: the same run "
+            f"after {long}), guidance drawn from {low:g} to {high:g} and told to "
+            f"the student, sampled at {settings['told']:g}. Each measure is of "
             f"{known['n']} samples, all captions with the same noises for all arms of a seed; "
             "kernel distance to all pictures with the embedded features. Intervals are t-intervals "
             "of differences paired by seed, of logarithms for ratios (x). "
@@ -234,7 +243,7 @@ def text(results: Results, settings: Mapping[str, Any]) -> str:
 def draw(results: Results, figure: Figure) -> None:
     """Kernel distance by steps; reward against high-frequency power at one step."""
     panels = figure.subplots(1, 2)
-    colours = {TEACHER_ARM: "black", LCD: "tab:blue", "direct": "tab:orange"}
+    colours = {TEACHER_ARM: "black", LCD: "tab:blue", LONG: "tab:cyan", "direct": "tab:orange"}
     colours |= {"direct, large": "tab:red", "proxy": "tab:green"}
     for arm, colour in colours.items():
         for i, seed in enumerate(results.seeds(arm)):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from diffkit.errors import RunFailed
 from diffkit.files import atomic_directory
-from diffkit.training.denoising import DenoisingTraining
+from diffkit.training.config import TrainConfig
+from diffkit.training.folder import RunFolder
 from diffkit.training.launch import train
 from runner.work import INTERRUPTED, Interrupted, claim
 
@@ -17,12 +18,12 @@ __all__ = ["stage_folder", "train_stages"]
 
 
 def stage_folder(output: Path, steps: int) -> Path:
-    """Where the model after `steps` steps lies."""
+    """Where the result after `steps` steps lies."""
     return output.with_name(f"{output.name}-{steps}")
 
 
-def train_stages(config: DenoisingTraining, stages: Sequence[int]) -> list[Path]:
-    """Train to each of the stages in turn and keep the model of each; returns their folders.
+def train_stages(config: TrainConfig, stages: Sequence[int]) -> list[Path]:
+    """Train to each of the stages in turn and keep the result of each; returns their folders.
 
     The learning rate must not depend on the last step (a constant one, with or without warm-up),
     so that all stages lie on one trajectory. Called again, it goes on from the last checkpoint.
@@ -40,5 +41,5 @@ def train_stages(config: DenoisingTraining, stages: Sequence[int]) -> list[Path]
             if code:
                 raise RunFailed(f"{output}: the training ended with code {code}.")
             with atomic_directory(folder) as new:
-                shutil.copytree(output / "model", new, dirs_exist_ok=True)
+                shutil.copytree(RunFolder(config).result, new, dirs_exist_ok=True)
     return folders
