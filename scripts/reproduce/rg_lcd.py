@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rg_lcd_parts.measure import POOLED, Judges, Prompts, Sampler
-from rg_lcd_parts.report import ABLATIONS, LCD, LONG, TEACHER_ARM, draw, text
+from rg_lcd_parts.report import ABLATIONS, LARGE, LCD, LONG, TEACHER_ARM, draw, text
 from runner.experiment import Cell, Experiment, digest
 from runner.inputs import asset_digests, read_pictures
 from runner.main import main
@@ -54,7 +55,7 @@ ARMS: dict[str, dict[str, Any]] = {
     LCD: {},
     LONG: {"run of": LCD, "stages": [400, 1200]},
     "direct": {"reward": DIRECT},
-    "direct, large": {"reward": DIRECT | {"share": 2.0}},
+    LARGE: {"reward": DIRECT | {"share": 2.0}},
     "proxy": {"reward": PROXY, "proxy": {"network": "vit", "text": "embedded"}},
     "online target": {"lcd": {"target": "online"}},
     "L2": {"lcd": {"distance": "l2"}},
@@ -88,6 +89,7 @@ SCORING: dict[str, Any] = {
     "noises": 6,
     "teacher_steps": [1, 2, 4, 10, 20],
     "endpoint_steps": 20,
+    "reference_seed": 1000,
 }
 LAST = 100
 """Steps at the end of a run over which the proxy's accuracy is averaged."""
@@ -154,10 +156,10 @@ def configuration(
 
 
 def endpoints(cell: Cell, teacher: Sampler, prompts: Prompts) -> Tensor:
-    """Where the teacher's trajectories end, made once a seed."""
+    """Where the teacher's trajectories end, from the noises of the sampler's seed; made once."""
     settings, scoring = cell.settings, cell.scoring
     known = [settings[key] for key in ("data", "teacher", "told", "assets")]
-    chosen = digest([known, scoring, cell.seed, len(prompts.captions)])
+    chosen = digest([known, scoring, teacher.seed, len(prompts.captions)])
     path = cell.work.parent / f"endpoints-{chosen}.safetensors"
     with claim(path, wait=True):
         if not path.exists():
@@ -216,7 +218,14 @@ def measured(cell: Cell, data: Path, teacher: Path, experiment: Experiment) -> d
         folder, result = trained(cell, data, teacher, experiment)
         sampler, steps = student(cell, teacher, result, device), settings["sampled"]
         values = logged(read_jsonl(folder / "metrics.jsonl"))
-    judges = Judges(prompts, read_pictures(data)[0], endpoints(cell, start, prompts), device)
+    others = replace(start, seed=scoring["reference_seed"])
+    judges = Judges(
+        prompts,
+        read_pictures(data)[0],
+        endpoints(cell, start, prompts),
+        others.pictures(endpoints(cell, others, prompts).to(device)),
+        device,
+    )
     each = {}
     for number in steps:
         latents = sampler.latents(prompts.captions, number)
@@ -240,7 +249,7 @@ EXPERIMENT = Experiment(
     run=run,
     text=partial(text, settings=SETTINGS, long=ARMS[LONG]["stages"][-1]),
     draw=draw,
-    fewer=dict.fromkeys(ABLATIONS, (0,)),
+    fewer=dict.fromkeys((LONG, LARGE, *ABLATIONS), (0,)),
 )
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ __all__ = ["POOLED", "Judges", "Prompts", "Sampler"]
 POOLED = "embedded@16"
 """The embedded scorer of pictures averaged down to 16x16."""
 
+SHADED = "fluent 3d"
+
 BATCH = 64
 
 
@@ -97,13 +99,31 @@ class Sampler:
 
 
 class Judges:
-    """Everything that scores the samples of one seed, on the samples' device."""
+    """Everything that scores the samples of one seed, on the samples' device.
 
-    def __init__(self, prompts: Prompts, real: Tensor, ends: Tensor, device: torch.device) -> None:
+    Arguments:
+        prompts: of the samples.
+        real: pictures (m, 3, H, W) that the teacher was trained on.
+        ends: latents (n, C, h, w) where the teacher's trajectories end from the samples' noises.
+        taught: pictures (k, 3, H, W) of such ends from other noises.
+        device: of the samples.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        real: Tensor,
+        ends: Tensor,
+        taught: Tensor,
+        device: torch.device,
+    ) -> None:
         self.prompts = prompts
         self.ends = ends.to(device)
         self.network = FeatureNetwork.load(FEATURES).to(device)
-        self.real = self._features(real.to(device))
+        self.references = {
+            "kernel": self._features(real.to(device)),
+            "kernel_taught": self._features(taught.to(device)),
+        }
         self.rewards = {
             name: load_reward(spec, device)
             for name, spec in (("reward", POOLED), ("reward_full", "embedded"))
@@ -117,15 +137,18 @@ class Judges:
     def score(self, latents: Tensor, images: Tensor) -> dict[str, float]:
         """All measures of samples made of `prompts`, in order."""
         drawn = self._features(images)
-        kernel = kernel_distance_weighted(drawn, self.real, torch.ones(len(drawn)).to(drawn))
+        once = torch.ones(len(drawn)).to(drawn)
         found = {
-            "kernel": float(kernel),
+            name: float(kernel_distance_weighted(drawn, reference, once))
+            for name, reference in self.references.items()
+        }
+        found |= {
             "endpoint": float((latents - self.ends).square().mean()),
             "detail": detail(images),
             "diversity": float(
                 within_prompt_diversity(latents.unflatten(0, (-1, self.prompts.noises)))
             ),
-            "concept": self._concepts(images),
+            **self._classes(images),
         }
         for name, reward in self.rewards.items():
             embedded = reward.embed_prompts(self.prompts.captions)
@@ -133,12 +156,21 @@ class Judges:
             found[name] = float(torch.cat([reward.score(*part) for part in parts]).mean())
         return found
 
-    def _concepts(self, images: Tensor) -> float:
-        """The share of samples of a concept's caption in which the feature network sees it."""
+    def _classes(self, images: Tensor) -> dict[str, float]:
+        """What the feature network sees in the samples of captions that name a concept alone.
+
+        `concept`: the share in which it finds that one among all that are asked for. `shaded`: the
+        share that it takes for the one style with soft shades; of the pictures it is a quarter.
+        """
         places = [i for i, kind in enumerate(self.prompts.kinds) if kind == "concept"]
         names = [self.prompts.captions[i] for i in places]
         every = sorted(set(names))
-        logits = self.network.classify(images[places])["concept"]
-        best = logits[:, self.network.concept_indices(every).to(logits.device)].argmax(1)
+        logits = self.network.classify(images[places])
+        columns = self.network.concept_indices(every).to(images.device)
+        best = logits["concept"][:, columns].argmax(1)
         truth = torch.tensor([every.index(name) for name in names], device=best.device)
-        return float((best == truth).float().mean())
+        shaded = self.network.style_indices([SHADED]).to(images.device)
+        return {
+            "concept": float((best == truth).float().mean()),
+            "shaded": float((logits["style"].argmax(1) == shaded).float().mean()),
+        }

@@ -14,10 +14,11 @@ from runner.report import MORE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ABLATIONS", "LCD", "LONG", "TEACHER_ARM", "draw", "text"]
+__all__ = ["ABLATIONS", "LARGE", "LCD", "LONG", "TEACHER_ARM", "draw", "text"]
 
 TEACHER_ARM, LCD, LONG = "teacher", "LCD", "LCD, long"
-REWARDED = ("direct", "direct, large", "proxy")
+LARGE = "direct, large"
+REWARDED = ("direct", LARGE, "proxy")
 ABLATIONS = {
     "online target": "the student itself in place of its moving average as the target",
     "L2": "squared distance in place of pseudo-Huber",
@@ -40,18 +41,16 @@ class Kind:
     ratio: bool = False
 
 
-KERNEL = Kind("kernel", "kernel distance", ".4f", ratio=True)
+KERNEL = Kind("kernel", "kernel distance to the pictures", ".4f", ratio=True)
+TAUGHT = Kind("kernel_taught", "to the teacher's samples", ".4f", ratio=True)
 REWARD = Kind("reward", "reward, pictures at 16x16", ".4f")
 DETAIL = Kind("detail", "power above half of Nyquist", ".3g", ratio=True)
-KINDS = (
-    KERNEL,
-    REWARD,
-    Kind("reward_full", "the same scorer at 64x64", ".4f"),
-    Kind("concept", "concept, by the feature network", ".1%"),
-    DETAIL,
-    Kind("diversity", "diversity within a prompt", ".3f"),
-    Kind("endpoint", "squared distance to the teacher's endpoint", ".4f"),
-)
+CONCEPT = Kind("concept", "concept, by the feature network", ".1%")
+SHADED = Kind("shaded", "taken for the shaded style", ".1%")
+DIVERSITY = Kind("diversity", "diversity within a prompt", ".3f")
+END = Kind("endpoint", "squared distance to the teacher's endpoint", ".4f")
+REWARD_FULL = Kind("reward_full", "the same scorer at 64x64", ".4f")
+KINDS = (KERNEL, TAUGHT, REWARD, REWARD_FULL, CONCEPT, SHADED, DETAIL, DIVERSITY, END)
 
 
 def column(results: Results, arm: str, kind: Kind, steps: int, seeds: Sequence[int]) -> list[float]:
@@ -98,7 +97,7 @@ def mean(results: Results, arm: str, kind: Kind, steps: int) -> str:
 def curve_table(results: Results) -> Iterator[str]:
     """Kernel distance and distance to the endpoint by steps, teacher and students."""
     arms = [arm for arm in (TEACHER_ARM, LCD, LONG) if results.seeds(arm)]
-    kinds = (KERNEL, KINDS[-1], KINDS[3])
+    kinds = (KERNEL, TAUGHT, END, DETAIL, SHADED)
     yield "| arm | steps | " + " | ".join(kind.label for kind in kinds) + " |"
     yield "| --- | --- |" + " --- |" * len(kinds)
     for arm in arms:
@@ -112,21 +111,21 @@ PAIRS = ((1, 1), (2, 2), (4, 4), (4, 10), (4, 20))
 
 
 def distillation(results: Results) -> Iterator[str]:
-    """The students against their teacher, in kernel distance."""
-    arms = [arm for arm in (LCD, LONG) if results.seeds(arm, TEACHER_ARM)]
-    if not arms:
+    """The student against its teacher, in both kernel distances."""
+    if not results.seeds(LCD, TEACHER_ARM):
         yield f"No seed has both {TEACHER_ARM} and {LCD} yet."
         return
-    yield "Kernel distance, student / teacher, 95 % interval:"
+    yield f"Kernel distances, {LCD} / teacher, 95 % interval:"
     yield ""
-    yield f"| student's steps | teacher's | {' | '.join(arms)} |"
-    yield "| --- | --- |" + " --- |" * len(arms)
+    yield "| student's steps | teacher's | to the pictures | to the teacher's samples |"
+    yield "| --- | --- | --- | --- |"
     for ours, theirs in PAIRS:
         cells = []
-        for arm in arms:
-            found = contrast(results, (arm, ours), (TEACHER_ARM, theirs), KERNEL)
+        for kind in (KERNEL, TAUGHT):
+            found = contrast(results, (LCD, ours), (TEACHER_ARM, theirs), kind)
             assert found is not None
-            cells.append(told(found, KERNEL))
+            # To samples like its own the teacher's distance is 0, with which nothing is compared.
+            cells.append(told(found, kind) if kind is KERNEL or ours == theirs else "")
         yield f"| {ours} | {theirs} | {' | '.join(cells)} |"
 
 
@@ -178,7 +177,7 @@ def accuracy(results: Results) -> str:
 
 def ablation_table(results: Results) -> Iterator[str]:
     """One row an ablation, one seed: samples of 1, 2 and 4 steps as far as there are any."""
-    kinds = (KERNEL, REWARD, DETAIL, KINDS[5])
+    kinds = (KERNEL, TAUGHT, REWARD, DETAIL, DIVERSITY)
     yield "| arm | what | steps | " + " | ".join(kind.label for kind in kinds) + " |"
     yield "| --- | --- | --- |" + " --- |" * len(kinds)
     rows = [(LCD, "the defaults"), ("direct", "reward of 16x16, share 0.3"), *ABLATIONS.items()]
