@@ -34,8 +34,10 @@ from runner.open_captions import TEACHER as TRAINED
 from runner.pairs import pair_folder
 from runner.students import Asked, Judge, decoded, encoded_strip, few_step_latents
 from runner.work import INTERRUPTED, Interrupted, claim
+from torch import Tensor
 
 from diffkit.data.trajectories import TrajectoryBatch, TrajectoryData
+from diffkit.data.trajectory_store import read_header
 from diffkit.errors import RunFailed
 from diffkit.files import read_jsonl
 from diffkit.generation.engine import choose_device
@@ -77,11 +79,23 @@ def asked_of(data: Path) -> list[Asked]:
     return list(found.values())
 
 
+def trained_captions(asked: Sequence[Asked]) -> list[str]:
+    """Of the pairs in turn: all captions, and looks once more, as they are half as many."""
+    return [one.caption for one in (*asked, *(one for one in asked if one.style))]
+
+
 def training_pairs(cell: Cell, data: Path, teacher: Path) -> Path:
-    """The pairs that all students are trained on; looks come twice, as they are half as many."""
-    asked = asked_of(data)
-    captions = [one.caption for one in (*asked, *(one for one in asked if one.style))]
+    """The pairs that all students are trained on."""
+    captions = trained_captions(asked_of(data))
     return pairs_of(cell, teacher, captions, cell.settings["pairs"], "pairs")
+
+
+def taught_latents(pairs: Path, asked: Sequence[Asked]) -> Tensor:
+    """Of the training pairs' end points, as many of each caption."""
+    period = len(trained_captions(asked))
+    count = read_header(pairs).count // period * period
+    rows = [row for row in range(count) if row % period < len(asked)]
+    return TrajectoryData(pairs, batch_size=1, seed=0).pairs(rows).latents
 
 
 def held_pairs(cell: Cell, data: Path, teacher: Path) -> tuple[TrajectoryBatch, list[Asked]]:
@@ -162,7 +176,8 @@ def make(cell: Cell, data: Path, teacher: Path, experiment: Experiment) -> dict[
         words = cell.settings["sampling_steps"], cell.settings["pairs"]["guidance"]
         latents = few_step_latents(model, held, *words)
     images = decoded(model, latents)
-    judge = Judge(held, asked, data, model, FeatureNetwork.load(FEATURES))
+    taught = taught_latents(training_pairs(cell, data, teacher), asked)
+    judge = Judge(held, asked, taught, data, model, FeatureNetwork.load(FEATURES))
     values: dict[str, Any] = {"device": device, **judge.scores(latents, images)}
     if trains:
         values |= logged(read_jsonl(cell.work / "run" / "metrics.jsonl"))

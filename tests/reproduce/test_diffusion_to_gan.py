@@ -107,7 +107,7 @@ def test_the_teachers_own_end_points_are_without_fault(data: Path, tmp_path: Pat
     assert read_header(folder).steps == 2
     held = TrajectoryData(folder, batch_size=1, seed=0).pairs(range(4))
     network = FeatureNetwork.load(path("features"))
-    judge = Judge(held, asked, data, LatentDiffusion.load(EMBEDDED), network)
+    judge = Judge(held, asked, held.latents, data, LatentDiffusion.load(EMBEDDED), network)
     own = judge.scores(held.latents, judge.pictures)
     assert own["detail"] == own["diversity"] == 1
     assert own["latent_error"] == own["perceptual"] == 0
@@ -117,7 +117,8 @@ def test_the_teachers_own_end_points_are_without_fault(data: Path, tmp_path: Pat
     assert mirrored["diversity"] == pytest.approx(1)
     assert mirrored["latent_error"] > 0.01 and mirrored["perceptual"] > 0.01
     grey = judge.scores(torch.zeros_like(held.latents), torch.zeros_like(judge.pictures))
-    assert grey["detail"] == grey["diversity"] == 0 and grey["kernel"] > own["kernel"]
+    assert grey["detail"] == grey["diversity"] == 0
+    assert grey["kernel_taught"] > own["kernel_taught"]
 
 
 def test_a_mean_of_pictures_has_less_detail() -> None:
@@ -181,7 +182,7 @@ def test_the_tables_say_what_the_results_say() -> None:
     lines = EXPERIMENT.text(known()).splitlines()
     rows = {arm: [line for line in lines if line.startswith(f"| {arm} | ")] for arm in ARMS}
     assert all(len(rows[arm]) == 1 for arm in ARMS if arm not in TEACHERS)
-    assert rows[MSE][0].startswith("| MSE | 3 | 0.3010 | 50.0% | 50.0% | 0.200 |")
+    assert rows[MSE][0].startswith("| MSE | 3 | 0.3010 | 0.5000 | 50.0% | 50.0% | 50.0% | 0.200 |")
     assert rows[MSE][0].endswith("| +0.1000 [+0.1000, +0.1000] |")
     assert rows[BEST][0].endswith("|  |") and rows[LPL][0].startswith(f"| {LPL} | 1 |")
     said = "\n".join(lines)

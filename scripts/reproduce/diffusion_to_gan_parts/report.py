@@ -31,8 +31,10 @@ __all__ = ["MEASURES", "draw", "text"]
 
 MEASURES = (
     Measure("kernel", "kernel distance to the pictures", ".4f"),
+    Measure("kernel_taught", "to the teacher's samples", ".4f"),
     Measure("concept", "concept, by the feature network", ".1%"),
     Measure("style", "style, by the feature network", ".1%"),
+    Measure("shaded", "taken for the shaded style", ".1%"),
     Measure("detail", "power from half Nyquist on, over the teacher's", ".3f"),
     Measure("latent_error", "squared error to the teacher's latents", ".4f"),
     Measure("perceptual", "perceptual distance to the teacher's picture", ".3f"),

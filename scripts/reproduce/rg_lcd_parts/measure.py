@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from runner.distances import caption_distance
 from runner.inputs import FEATURES
 from runner.open_captions import KINDS, open_caption
-from runner.scores import detail
+from runner.scores import SHADED, detail
 from torch import Tensor
 
-from diffkit.evaluation.kernel_distance import kernel_distance_weighted
 from diffkit.files import read_jsonl
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -26,8 +26,6 @@ __all__ = ["POOLED", "Judges", "Prompts", "Sampler"]
 
 POOLED = "embedded@16"
 """The embedded scorer of pictures averaged down to 16x16."""
-
-SHADED = "fluent 3d"
 
 BATCH = 64
 
@@ -105,7 +103,7 @@ class Judges:
         prompts: of the samples.
         real: pictures (m, 3, H, W) that the teacher was trained on.
         ends: latents (n, C, h, w) where the teacher's trajectories end from the samples' noises.
-        taught: pictures (k, 3, H, W) of such ends from other noises.
+        taught: pictures (n, 3, H, W) of such ends from other noises, of the same prompts.
         device: of the samples.
     """
 
@@ -121,8 +119,8 @@ class Judges:
         self.ends = ends.to(device)
         self.network = FeatureNetwork.load(FEATURES).to(device)
         self.references = {
-            "kernel": self._features(real.to(device)),
-            "kernel_taught": self._features(taught.to(device)),
+            "kernel": self._features(real.to(device))[None],
+            "kernel_taught": self._by_caption(self._features(taught.to(device))),
         }
         self.rewards = {
             name: load_reward(spec, device)
@@ -137,17 +135,14 @@ class Judges:
     def score(self, latents: Tensor, images: Tensor) -> dict[str, float]:
         """All measures of samples made of `prompts`, in order."""
         drawn = self._features(images)
-        once = torch.ones(len(drawn)).to(drawn)
         found = {
-            name: float(kernel_distance_weighted(drawn, reference, once))
+            name: caption_distance(self._by_caption(drawn), reference)
             for name, reference in self.references.items()
         }
         found |= {
             "endpoint": float((latents - self.ends).square().mean()),
             "detail": detail(images),
-            "diversity": float(
-                within_prompt_diversity(latents.unflatten(0, (-1, self.prompts.noises)))
-            ),
+            "diversity": float(within_prompt_diversity(self._by_caption(latents))),
             **self._classes(images),
         }
         for name, reward in self.rewards.items():
@@ -155,6 +150,9 @@ class Judges:
             parts = zip(images.split(BATCH), embedded.split(BATCH), strict=True)
             found[name] = float(torch.cat([reward.score(*part) for part in parts]).mean())
         return found
+
+    def _by_caption(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, self.prompts.noises))
 
     def _classes(self, images: Tensor) -> dict[str, float]:
         """What the feature network sees in the samples of captions that name a concept alone.

@@ -22,6 +22,7 @@ from diffkit.randomness import normal, uniform
 __all__ = [
     "BATCH",
     "BINS",
+    "SHADED",
     "HeldOut",
     "detail",
     "features_of",
@@ -36,6 +37,9 @@ BINS = 10
 """Equal parts of the training times in which the loss is measured."""
 
 BATCH = 32
+
+SHADED = "fluent 3d"
+"""The one style of soft shades, for which the feature network takes blurred pictures."""
 
 
 def detail(images: Tensor) -> float:

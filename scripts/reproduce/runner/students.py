@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from diffkit.data.trajectories import TrajectoryBatch
-from diffkit.evaluation.kernel_distance import kernel_distance_weighted
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
 from diffkit.objectives.collapse import within_prompt_diversity
 from diffkit.perceptual.unit_distance import unit_distance
-from runner.scores import BATCH, detail, features_of
+from runner.distances import caption_distance
+from runner.scores import BATCH, SHADED, detail, features_of
 
 __all__ = ["Asked", "Judge", "decoded", "encoded_strip", "few_step_latents", "strip"]
 
@@ -66,6 +66,8 @@ class Judge:
     Arguments:
         held: P captions in turn, n noises of each, at least 2.
         asked: what each of the P captions asks for.
+        taught: latents (k, C, h, w) of the teacher's end points from other noises, of the P
+            captions in turn.
         data: folder of the pictures that the teacher was trained on.
         model: any with the teacher's autoencoder.
         network: features, and the gates' classifier.
@@ -75,35 +77,42 @@ class Judge:
         self,
         held: TrajectoryBatch,
         asked: Sequence[Asked],
+        taught: Tensor,
         data: Path,
         model: LatentDiffusion,
         network: FeatureNetwork,
     ) -> None:
         self.held, self.asked = held, list(asked)
         self.network, self.model = network, model
-        self.reference = features_of(network, read_pictures(data)[0])
+        self.real = features_of(network, read_pictures(data)[0])
+        self.taught = features_of(network, decoded(model, taught))
         self.pictures = decoded(model, held.latents)
 
     @torch.no_grad()
     def scores(self, latents: Tensor, images: Tensor) -> dict[str, float]:
         """The numbers of latents (n, C, h, w), float32 on the CPU, and their decoded pictures.
 
-        `kernel`: kernel distance of the features to those of all real pictures. `concept`, `style`:
-        parts of those pictures whose caption names one, in which the classifier finds it among all
-        that are asked for. `detail`: their power from half Nyquist on, over the teacher's.
+        `kernel`, `kernel_taught`: `caption_distance` of the features to those of all real pictures,
+        and to those of the teacher's end points from other noises. `concept`, `style`: parts of
+        those pictures whose caption names one, in which the classifier finds it among all that are
+        asked for. `shaded`: the part of those that name no style which it takes for the shaded one.
+        `detail`: their power from half Nyquist on, over the teacher's.
         `latent_error` and `perceptual`: mean squared distance of latents, and unit distance of the
         feature network's maps, summed over the maps, to the teacher's end point of the same noise.
         `diversity`: how much pictures of one caption differ, over the teacher's.
         """
         logits = self.network.classify(images)
         drawn = features_of(self.network, images)
-        kernel = kernel_distance_weighted(drawn, self.reference, torch.ones(len(drawn)))
         diversity, teacher = (self._diversity(x) for x in (latents, self.held.latents))
         return {
             "n": len(images),
-            "kernel": float(kernel),
+            "kernel": caption_distance(self._by_caption(drawn), self.real[None]),
+            "kernel_taught": caption_distance(
+                self._by_caption(drawn), self._by_caption(self.taught)
+            ),
             "concept": self._told("concept", logits["concept"]),
             "style": self._told("style", logits["style"]),
+            "shaded": self._shaded(logits["style"]),
             "detail": detail(images) / detail(self.pictures),
             "latent_error": float((latents - self.held.latents).square().mean()),
             "perceptual": self._perceptual(images),
@@ -119,9 +128,16 @@ class Judge:
         hits = [classes[i] == name for i, name in zip(found, wanted) if name is not None]
         return sum(hits) / len(hits)
 
+    def _shaded(self, logits: Tensor) -> float:
+        free = torch.tensor([one.style is None for one in self.asked])
+        found = logits.argmax(1) == self.network.style_indices([SHADED]).item()
+        return float(found.unflatten(0, (-1, len(free)))[:, free].float().mean())
+
     def _diversity(self, latents: Tensor) -> float:
-        grouped = latents.unflatten(0, (-1, len(self.asked))).transpose(0, 1)
-        return float(within_prompt_diversity(grouped))
+        return float(within_prompt_diversity(self._by_caption(latents)))
+
+    def _by_caption(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, len(self.asked))).transpose(0, 1)
 
     def _perceptual(self, images: Tensor) -> float:
         total, trunk = 0.0, self.network.trunk
