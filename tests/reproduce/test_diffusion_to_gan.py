@@ -11,7 +11,7 @@ import diffusion_to_gan
 import pytest
 import torch
 from diffkit.assets import path
-from diffusion_to_gan import EXPERIMENT, asked_of
+from diffusion_to_gan import EXPERIMENT, asked_of, trained_captions
 from diffusion_to_gan_parts.arms import (
     ALONE,
     ARMS,
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Experiment:
+def experiment(tmp_path: Path, data: Path) -> Experiment:
     """Two steps of two pairs; the generator hears of the discriminator in the second."""
     few = {"steps": 2, "batch_size": 2}
     arms = {}
@@ -64,7 +64,8 @@ def experiment(tmp_path: Path) -> Experiment:
         if gan and gan.get("discriminator") != "none" or arm == FULL:
             gan["warmup"] = 1
         arms[arm] = {**values, **({"gan": gan, **few} if "gan" in values else {})}
-    pairs = {"count": 4, "seed": 0, "steps": 2, "guidance": 2.0}
+    twice = 2 * len(trained_captions(asked_of(data)))
+    pairs = {"count": twice, "seed": 0, "steps": 2, "guidance": 2.0}
     return replace(
         EXPERIMENT,
         arms=arms,
