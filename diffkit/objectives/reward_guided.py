@@ -173,7 +173,9 @@ class RewardGuidedObjective(ConsistencyObjective):
         if reward.mode == "proxy":
             assert self.proxy is not None and self.pictures is not None
             self.proxy.lock()
-            options = self.median, reward.smooth_real
+            own = self.pictures.logit_scale
+            scale = own if reward.refit_temperature == "auto" else None
+            options = self.median, scale, reward.smooth_real
             self._refit = ProxyPlayer(self.proxy, self.pictures, *options)
         score = None if self.proxy is None else self._scored
         given = model.denoiser, config, self._perceptual
@@ -251,7 +253,7 @@ class RewardGuidedObjective(ConsistencyObjective):
 
     @property
     def _tempered(self) -> bool:
-        return self._refit is not None and self._refit.pictures.logit_scale is None
+        return self._refit is not None and self._refit.scale is None
 
     def stepped(self, phase: str, means: Mapping[str, Tensor]) -> None:
         """Let the weights and the temperature follow."""

@@ -16,10 +16,11 @@ __all__ = ["RewardConfig", "RewardMode", "Weighting"]
 
 RewardMode = Literal["none", "direct", "frozen_proxy", "proxy"]
 Weighting = Literal["uniform", "alpha"]
+Temperature = Literal["auto", "median"]
 
 _SHARE = 0.3
 _DECODED = ("decoder", "chunk", "checkpoint")
-_REFIT = ("refit_rate", "refit_every", "refit_share", "smooth_real")
+_REFIT = ("refit_rate", "refit_every", "refit_share", "refit_temperature", "smooth_real")
 
 
 @dataclass
@@ -56,6 +57,10 @@ class RewardConfig:
     """Training steps from one step of the proxy to the next."""
     refit_share: float = 1.0
     """Part of the samples, chosen at random, that the proxy is fitted on; fewer decodes."""
+    refit_temperature: Temperature = "auto"
+    """What makes preferences of differences of the reward. auto: its own scale, if it was trained
+    with one. median: the usual difference of a pair, followed along the way; for a reward that sees
+    so little difference that by its own scale nothing is preferred, and nothing learnt."""
     smooth_real: bool = False
     """Where the reward prefers a made picture to the real one, teach the proxy that they are as
     good as each other."""

@@ -222,7 +222,8 @@ class ProxyPlayer(nn.Module):
     Arguments:
         proxy: S; its unlocked parameters are trained.
         pictures: the expert.
-        median: the temperature of an expert without one of its own.
+        median: the temperature of an expert without a scale.
+        scale: what makes logits of the expert's rewards; None for the median.
         smooth_real: see `pair_kl`.
     """
 
@@ -231,12 +232,14 @@ class ProxyPlayer(nn.Module):
         proxy: LatentProxy,
         pictures: PictureRewards,
         median: RunningMedian,
+        scale: float | None,
         smooth_real: bool,
     ) -> None:
         super().__init__()
         self.proxy = proxy
         self.pictures = pictures
         self.median = median
+        self.scale = scale
         self.real = _REAL if smooth_real else None
         self._judged: Callable[..., Tensor] = uncompiled(self._judge)
 
@@ -254,17 +257,16 @@ class ProxyPlayer(nn.Module):
         assert shared.told is not None
         candidates = shared.candidates.stacked(shared.z0, rows)
         rewards = self._judged(candidates, [embedded[rows] for embedded in shared.embedded])
-        scale = self.pictures.logit_scale
-        expert = expert_logits(rewards, scale, self.median)
+        expert = expert_logits(rewards, self.scale, self.median)
         own = proxy_logits(self.proxy, candidates, rows_of(shared.told, rows))
-        known = self.median.known if scale is None else 1.0
+        known = self.median.known if self.scale is None else 1.0
         loss = pair_kl(expert, own, self.real) * draws.fit_weight * known
         spread = partial(_spread, rows=rows, count=count, weight=draws.fit_weight)
         terms: dict[str, Any] = {"loss": _whole(loss, rows, count)}
         terms["accuracy"] = spread(pair_accuracy(expert, own.detach()))
         names = ("reward", "reward_target", "reward_real")
         terms |= {n: spread(column) for n, column in zip(names, rewards.unbind(1), strict=True)}
-        if scale is None:
+        if self.scale is None:
             terms |= {name: spread(x) for name, x in self.median.terms(rewards).items()}
             terms["temperature"] = self.median.value.expand(count)
         terms["scale"] = self.proxy.logit_scale.detach().expand(count)

@@ -368,11 +368,18 @@ def test_what_a_proxy_reads_moves_with_it(tiny_folder: Callable[[str], Path]) ->
     assert method.proxy._teacher[0].device.type == "meta"
 
 
+@pytest.mark.parametrize("temperature", ["auto", "median"])
 def test_a_reward_without_a_scale_is_measured_by_its_running_median(
-    objective: Any, proxy: Path
+    objective: Any, proxy: Path, temperature: str
 ) -> None:
-    """The first refit only measures; then a typical pair differs by one logit."""
-    method = objective([(Bright(), 1.0)], mode="proxy", proxy=proxy, beta=1.0)
+    """The first refit only measures; then a typical pair differs by one logit.
+
+    So is, where that is asked for, one with a scale. The embedded scorer sees students, targets and
+    pictures differ by a tenth of a logit of its own, of which a proxy learnt nothing.
+    """
+    rewards = [(Bright(), 1.0)] if temperature == "auto" else None
+    options: dict[str, Any] = {"mode": "proxy", "proxy": proxy, "beta": 1.0}
+    method = objective(rewards, refit_temperature=temperature, **options)
     made = material(method)
     step(method, made)
     player = method.players()["proxy"]
