@@ -7,9 +7,15 @@ ln(1 + e^x) in at least float32.
     L_D = softplus(-D(x, z, c)) + softplus(D(f, z, c)) + penalty
     L_G = softplus(-D(G(z, c), z, c))
 
-is the non-saturating loss (Goodfellow et al. 2014). f are generated latents, of which mix-and-match
-(Kang et al. 2024, 2405.05967) replaces some by true latents of other pairs: D then must read z and
-c to tell them.
+is the non-saturating loss (Goodfellow et al. 2014), and
+
+    L_D = softplus(-(D(x, z, c) - D(f, z, c))) + penalty,    L_G the same with x and f exchanged
+
+the relativistic one (Jolicoeur-Martineau 2018; Huang et al. 2024, "The GAN is dead", 2501.05441).
+Where x is the teacher's own picture from z, both show the same thing, and what sets pictures apart
+in the logits of different prompts is no part of the difference. f are generated latents, of which
+mix-and-match (Kang et al. 2024, 2405.05967) replaces some by true latents of other pairs: D then
+must read z and c to tell them.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ __all__ = [
     "mean_logit",
     "mix_and_match",
     "r1_penalty",
+    "relativistic_loss",
     "replaced_rows",
 ]
 
@@ -53,6 +60,16 @@ def mean_logit(maps: Maps) -> Tensor:
 def generator_loss(maps: Maps) -> Tensor:
     """softplus(-D) of generated samples, (B,); ln 2 at logits of 0."""
     return _mean(maps, lambda logits: torch.nn.functional.softplus(-logits))
+
+
+def relativistic_loss(higher: Maps, lower: Maps) -> Tensor:
+    """softplus(-(D_higher - D_lower)), (B,), place by place; ln 2 at equal logits.
+
+    Of true and generated samples for the discriminator, of generated and true ones for the
+    generator.
+    """
+    pairs = zip(higher, lower, strict=True)
+    return generator_loss([_wide(above) - _wide(below) for above, below in pairs])
 
 
 def discriminator_loss(real: Maps, fake: Maps) -> Tensor:

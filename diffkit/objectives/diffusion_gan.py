@@ -145,7 +145,7 @@ class DiffusionGanObjective(Objective):
             critic = DiscriminatorPlayer(network, config, self._batch_size)
             self._players["discriminator"] = critic
             found["adversarial"] = adversarial_loss(
-                lambda y, given: critic("judge", None, (y, given))
+                lambda y, given: critic("judge", None, (y, given)), config.loss == "relativistic"
             )
         return found
 
@@ -233,7 +233,9 @@ class DiffusionGanObjective(Objective):
         that become alike."""
         self._watch.inspect("gan")
         penalised = self.config.r1 != "none"
-        self._accuracy.inspect("raise --gan.gamma" if penalised else "use --gan.r1 exact")
+        followed = self._generator.opposed and self.config.weight is None
+        remedy = "raise --gan.gamma" if penalised else "use --gan.r1 exact"
+        self._accuracy.inspect(remedy, followed)
 
     # -- a step -------------------------------------------------------------------------------
 

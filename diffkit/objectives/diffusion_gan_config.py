@@ -15,13 +15,14 @@ __all__ = ["DiscriminatorKind", "DmdConfig", "GanConfig", "Regression", "loss_sh
 Regression = Literal["none", "mse", "huber", "lpl", "latentlpips", "e_latentlpips"]
 DiscriminatorKind = Literal["none", "unet", "ladd"]
 R1 = Literal["none", "exact", "approximate"]
+Adversarial = Literal["non_saturating", "relativistic"]
 
 _SHARE = 0.25
 _DMD_SHARE = 1.0
 _EVERY = {"exact": 16, "approximate": 1}
 _OF_R1 = ("gamma", "r1_every", "r1_sigma")
 _OF_UNET = ("noise_input", "multiscale")
-_OPPOSED = ("share", "weight", "rate", "mismatch", "r1", *_OF_R1, *_OF_UNET)
+_OPPOSED = ("loss", "share", "weight", "rate", "mismatch", "r1", *_OF_R1, *_OF_UNET)
 
 
 @dataclass
@@ -52,6 +53,10 @@ class GanConfig:
     """The data are pictures with captions and not pairs of `diffkit trajectories`."""
     time: int | None = None
     """Training time at which the generator is called; the last one by default."""
+    loss: Adversarial = "non_saturating"
+    """non_saturating: the discriminator calls each latent true or made. relativistic: it tells
+    which of two is the true one, the teacher's and the generator's of the same noise, where those
+    are given; it learns that from far fewer samples."""
     share: float | None = None
     """Length of the discriminator's gradient at the generator's latents, in parts of the first
     loss's; 0.25 by default."""

@@ -18,6 +18,7 @@ from diffkit.objectives.adversarial_losses import (
     distribution_matching_direction,
     distribution_matching_loss,
     generator_loss,
+    relativistic_loss,
 )
 from diffkit.objectives.denoising import denoising_loss
 from diffkit.objectives.diffusion_gan_config import GanConfig
@@ -93,11 +94,23 @@ class Regressor:
                 part.to(device)
 
 
-def adversarial_loss(judge: Callable[[Tensor, Any], Sequence[Tensor]]) -> Loss:
-    """softplus(-D(y, z, c)); `judge` gives D's maps of logits of latents and what is given."""
+def adversarial_loss(
+    judge: Callable[[Tensor, Any], Sequence[Tensor]], relativistic: bool = False
+) -> Loss:
+    """softplus(-D(y, z, c)), or softplus(D(x, z, c) - D(y, z, c)), which has no gradient in x.
+
+    `judge` gives D's maps of logits of latents and what is given.
+    """
 
     def of(draws: GanDraws, material: GanMaterial) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda y, x: generator_loss(judge(y, material.given))
+        given = material.given
+
+        def against(y: Tensor, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                true = judge(x, given)
+            return relativistic_loss(judge(y, given), true)
+
+        return against if relativistic else lambda y, x: generator_loss(judge(y, given))
 
     return Loss(of)
 

@@ -25,6 +25,8 @@ __all__ = ["Accuracy", "new_discriminator", "plain", "teacher_of"]
 
 ACCURATE = 0.95
 """Accuracy of a discriminator above which a run is warned."""
+BLIND = 0.52
+"""Accuracy below which it tells no more than chance."""
 DECAY = 0.99
 WATCHED = 100
 """Steps after which the average tells more than the luck of a few samples."""
@@ -107,8 +109,13 @@ class Accuracy:
         self.tensors["accuracy"].lerp_(accuracy, 1 - DECAY)
         self.tensors["steps"].add_(1)
 
-    def inspect(self, remedy: str) -> None:
-        """Warn once of a discriminator that tells nearly all."""
+    def inspect(self, remedy: str, followed: bool) -> None:
+        """Warn once of a discriminator that tells nearly all, or nothing.
+
+        Arguments:
+            remedy: against the first.
+            followed: the generator follows it, however weak its gradient.
+        """
         steps = self.tensors["steps"].item()
         if self._warned or steps < WATCHED:
             return
@@ -118,4 +125,12 @@ class Accuracy:
             warn(
                 f"gan: the discriminator tells {accuracy:.0%} of true and generated latents apart, "
                 f"so that the generator learns little from it; {remedy}, or lower --gan.rate."
+            )
+        elif followed and accuracy < BLIND:
+            self._warned = True
+            warn(
+                f"gan: the discriminator tells {accuracy:.0%} of true and generated latents apart, "
+                "half of which is chance, and its gradient is kept at a share of the first loss's: "
+                "the generator follows noise. Take --gan.loss relativistic, a longer --gan.warmup, "
+                "a higher --gan.rate or a lower --beta1."
             )

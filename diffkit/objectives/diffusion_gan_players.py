@@ -24,6 +24,7 @@ from diffkit.objectives.adversarial_losses import (
     mean_logit,
     mix_and_match,
     r1_penalty,
+    relativistic_loss,
 )
 from diffkit.objectives.collapse import DiversityGuard
 from diffkit.objectives.denoising import denoising_loss
@@ -180,8 +181,8 @@ class DiscriminatorPlayer(nn.Module):
 
     forward("judge", None, (latents, given)) -> the maps of logits of its heads.
 
-    Logged are "real_logit" and "fake_logit"; "accuracy", the part of both that is told right; "r1",
-    the mean squared gradient where it was penalised.
+    Logged are "real_logit" and "fake_logit"; "accuracy", the part of both that is told right, or of
+    the pairs by a relativistic one; "r1", the mean squared gradient where it was penalised.
 
     Arguments:
         network: D.
@@ -205,9 +206,12 @@ class DiscriminatorPlayer(nn.Module):
             fake = mix_and_match(fake, draws.batch.unrelated, draws.replaced)
         both = self.network(torch.cat([material.real, fake]), material.given.twice())
         real_maps, fake_maps = zip(*(maps.chunk(2) for maps in both), strict=True)
-        loss = discriminator_loss(real_maps, fake_maps)
         real, made = mean_logit(real_maps).detach(), mean_logit(fake_maps).detach()
-        right = ((real > 0).float() + (made < 0).float()) / 2
+        if self.config.loss == "relativistic":
+            loss, right = relativistic_loss(real_maps, fake_maps), (real > made).float()
+        else:
+            loss = discriminator_loss(real_maps, fake_maps)
+            right = ((real > 0).float() + (made < 0).float()) / 2
         terms: dict[str, Any] = {"real_logit": real, "fake_logit": made, "accuracy": right}
         if self.config.r1 == "none":
             return {"loss": loss, **terms}

@@ -17,6 +17,7 @@ from diffkit.objectives.adversarial_losses import (
     mean_logit,
     mix_and_match,
     r1_penalty,
+    relativistic_loss,
     replaced_rows,
 )
 from diffkit.randomness import SampleKeys
@@ -44,6 +45,21 @@ def test_losses_are_of_the_right_sign_and_of_each_sample() -> None:
     half = [part.bfloat16() for part in logits]
     assert generator_loss(half).dtype == torch.float32
     assert generator_loss([part.double() for part in logits]).dtype == torch.float64
+
+
+def test_a_relativistic_loss_knows_differences_alone() -> None:
+    torch.testing.assert_close(
+        relativistic_loss(maps(5.0), maps(5.0)), torch.full((3,), math.log(2))
+    )
+    above = [torch.tensor([2.0, -1.0]).view(2, 1, 1, 1), torch.tensor([0.0, 3.0]).view(2, 1, 1, 1)]
+    below = [torch.tensor([1.0, 1.0]).view(2, 1, 1, 1), torch.tensor([3.0, 3.0]).view(2, 1, 1, 1)]
+    soft = lambda x: math.log1p(math.exp(x))  # noqa: E731
+    expected = torch.tensor([(soft(-1) + soft(3)) / 2, (soft(2) + soft(0)) / 2])
+    torch.testing.assert_close(relativistic_loss(above, below), expected)
+    shifted = [part + 7 for part in above], [part + 7 for part in below]
+    torch.testing.assert_close(relativistic_loss(*shifted), expected)
+    half = [part.bfloat16() for part in above]
+    assert relativistic_loss(half, half).dtype == torch.float32
 
 
 def test_a_fine_map_does_not_outweigh_a_coarse_one() -> None:

@@ -165,6 +165,7 @@ MODES: list[dict[str, Any]] = [
     {"discriminator": "unet", "multiscale": False, "noise_input": False, "mismatch": 0.0},
     {"dmd": True, "regression": "none", "discriminator": "none"},
     {"regression": "none"},
+    {"loss": "relativistic"},
 ]
 
 
@@ -200,9 +201,12 @@ def test_a_lora_learns_alone(tiny_folder: Folder) -> None:
     }
 
 
-def test_the_generators_gradient_is_that_of_the_weighted_sum(tiny_folder: Folder) -> None:
+@pytest.mark.parametrize("loss", ["non_saturating", "relativistic"])
+def test_the_generators_gradient_is_that_of_the_weighted_sum(
+    loss: str, tiny_folder: Folder
+) -> None:
     """With a constant weight: as if both losses had gone back through one graph."""
-    method = make(tiny_folder("sd-v"), weight=0.7, r1="none")
+    method = make(tiny_folder("sd-v"), weight=0.7, r1="none", loss=loss)
     generator, critic = method.players()["generator"], method.players()["discriminator"]
     draws = method.draw(pairs(), 0)
     with torch.no_grad():
@@ -213,7 +217,11 @@ def test_the_generators_gradient_is_that_of_the_weighted_sum(tiny_folder: Folder
     generator.zero_grad(set_to_none=True)
     y = generator.generate(shared.given)
     maps = critic.network(y, shared.given)
-    adversarial = torch.stack([nn.functional.softplus(-m).flatten(1).mean(1) for m in maps]).mean(0)
+    true = [torch.zeros_like(m) for m in maps]
+    if loss == "relativistic":
+        true = [m.detach() for m in critic.network(shared.real, shared.given)]
+    losses = [nn.functional.softplus(t - m).flatten(1).mean(1) for t, m in zip(true, maps)]
+    adversarial = torch.stack(losses).mean(0)
     regression = (y - shared.real).square().flatten(1).mean(1)
     (regression + 0.7 * adversarial).sum().backward()
     expected = [p.grad for p in generator.parameters() if p.grad is not None]
@@ -235,6 +243,21 @@ def test_losses_at_logits_of_zero(tiny_folder: Folder) -> None:
         torch.testing.assert_close(
             run(method, "generator", pairs())["adversarial"], torch.full((4,), 0.6931472)
         )
+
+
+def test_a_relativistic_discriminator_hears_of_differences_alone(tiny_folder: Folder) -> None:
+    """A bias of the heads changes no loss; the accuracy is of pairs."""
+    method = make(tiny_folder("sd-v"), loss="relativistic", r1="none", mismatch=0.0)
+    before = [run(method, phase.name, pairs()) for phase in method.phases()]
+    for head in method.players()["discriminator"].network.heads:  # type: ignore[union-attr]
+        head[2].bias.data += 5.0
+    after = [run(method, phase.name, pairs()) for phase in method.phases()]
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a["loss"], b["loss"])
+    critic = before[0]
+    right = (critic["real_logit"] > critic["fake_logit"]).float()
+    torch.testing.assert_close(critic["accuracy"], right)
+    torch.testing.assert_close(after[0]["accuracy"], right)
 
 
 # -- mix and match, penalties -------------------------------------------------------------------
@@ -293,7 +316,9 @@ def test_r1_is_of_the_first_sample_at_its_steps(tiny_folder: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", some_slow([{}, {"dmd": True}, {"discriminator": "ladd"}], 1), ids=str
+    "options",
+    some_slow([{}, {"dmd": True}, {"discriminator": "ladd"}, {"loss": "relativistic"}], 1),
+    ids=str,
 )
 def test_parts_of_a_batch_add_up_to_it(options: dict, tiny_folder: Folder) -> None:
     """Losses and gradients of all phases, the penalty of one sample and mixing included."""
@@ -407,6 +432,28 @@ def test_it_warns_of_a_discriminator_that_tells_all(
             method.inspect()
         told = capsys.readouterr().err
         assert told.count("warning") == (said != "") and said in told
+
+
+@pytest.mark.parametrize(
+    ("options", "begun", "warned"),
+    [({}, True, True), ({}, False, False), ({"weight": 0.1}, True, False)],
+)
+def test_it_warns_of_a_discriminator_at_chance(
+    options: dict[str, Any],
+    begun: bool,
+    warned: bool,
+    tiny_folder: Folder,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the first runs of the experiment the share of a gradient that said nothing was noise, and
+    every rung of the ladder made pictures worse."""
+    method = make(tiny_folder("sd-v"), warmup=1, **options)
+    method.begin(1 if begun else 0)
+    capsys.readouterr()
+    for _ in range(200):
+        method.stepped("discriminator", {"accuracy": torch.tensor(0.5)})
+    method.inspect()
+    assert ("tells 50%" in capsys.readouterr().err) == warned
 
 
 def test_pictures_are_watched_for_collapse(tiny_folder: Folder) -> None:

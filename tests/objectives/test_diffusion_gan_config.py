@@ -14,6 +14,7 @@ from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig, loss_s
     ("options", "message"),
     [
         ({"discriminator": "none", "gamma": 1.0}, "gan.gamma: would do nothing"),
+        ({"discriminator": "none", "loss": "relativistic"}, "gan.loss: would do nothing"),
         ({"discriminator": "none", "start": 3}, "gan.start: would do nothing"),
         ({"discriminator": "ladd", "multiscale": False}, "gan.multiscale"),
         ({"regression": "none", "discriminator": "none"}, "nothing would be learnt"),
