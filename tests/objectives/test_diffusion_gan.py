@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,9 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from diffkit.data.batch import Batch
-from diffkit.data.trajectories import TrajectoryBatch
 from diffkit.errors import UserError
-from diffkit.models.conditioner import Sizes
 from diffkit.models.discriminators import Given
 from diffkit.models.latent_diffusion import LatentDiffusion
-from diffkit.models.lora import add_lora
 from diffkit.models.one_step import one_step_scheduler
 from diffkit.objectives.base import reduce_loss
 from diffkit.objectives.diffusion_gan import DiffusionGanObjective
@@ -25,9 +21,7 @@ from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig
 from diffkit.perceptual.latent_lpips_io import save_latent_lpips
 from diffkit.randomness import SampleKeys, normal
-
-Folder = Callable[[str], Path]
-SIZE = Sizes((32, 32), (0, 0), (32, 32))
+from tests.objectives.gan_toy import SIZE, Folder, make, pairs, run
 
 
 @pytest.fixture(scope="module")
@@ -37,58 +31,6 @@ def metric(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("metric") / "latent_lpips"
     save_latent_lpips(LatentLpips(LatentLpipsConfig(4, width=4)), folder)
     return str(folder)
-
-
-def pairs(count: int = 4, channels: int = 4, first: int = 0, of: int = 4) -> TrajectoryBatch:
-    """Rows `first`, first + 1, ... of one fixed global batch of `of` pairs."""
-    shape, rows = (of, channels, 16, 16), slice(first, first + count)
-    keys = SampleKeys(5, (0,) * of, tuple(range(of)))
-    return TrajectoryBatch(
-        keys.select(rows),
-        normal(shape, "z")[rows],
-        normal(shape, "x")[rows],
-        [f"a {i}" for i in range(of)][rows],
-        None,
-        None,
-        [SIZE] * count,
-        tuple(range(of))[rows],
-        normal(shape, "other")[rows],
-    )
-
-
-def make(
-    folder: Path, scores: DmdConfig | None = None, lora: bool = False, **options: Any
-) -> DiffusionGanObjective:
-    """The method on a fresh model, ready to run; MSE and no warm-up unless told."""
-    torch.manual_seed(0)
-    model = LatentDiffusion.load(folder)
-    if lora:
-        model.denoiser.requires_grad_(False)
-        add_lora(model, 2)
-        for name, parameter in model.denoiser.named_parameters():
-            if "lora_B" in name:  # else there is nothing to tell from the base
-                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    else:
-        model.denoiser.requires_grad_(True)
-    opposed = options.get("discriminator") != "none" or options.get("dmd")
-    usual: dict[str, Any] = {"regression": "mse"} | ({"warmup": 0} if opposed else {})
-    config = GanConfig(**(usual | options))
-    method = DiffusionGanObjective(
-        model, config, scores or DmdConfig(), 4, "default" if lora else None
-    )
-    method.place(torch.device("cpu"))
-    method.begin(0)
-    return method
-
-
-def run(method: DiffusionGanObjective, phase: str, batch: Any, repeat: int = 0) -> dict[str, Any]:
-    """What the phase's player says of a batch."""
-    player = next(p.player for p in method.phases() if p.name == phase)
-    draws = method.draw(batch, repeat)
-    with torch.no_grad():
-        shared = method.shared(draws)
-    terms: dict[str, Any] = method.players()[player](phase, draws, shared)
-    return terms
 
 
 def moved(module: nn.Module) -> bool:
@@ -418,54 +360,6 @@ def test_a_share_finds_its_weight(tiny_folder: Folder) -> None:
     terms = run(method, "generator", pairs())
     ratio = (terms["adversarial_square"].mean() / terms["regression_square"].mean()).sqrt()
     torch.testing.assert_close(terms["adversarial_weight"][0] * ratio, torch.tensor(0.5))
-
-
-def test_it_warns_of_a_discriminator_that_tells_all(
-    tiny_folder: Folder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    method = make(tiny_folder("sd-v"))
-    capsys.readouterr()
-    for accuracy, said in ((0.9, ""), (1.0, "tells 100%")):
-        for _ in range(600):
-            method.stepped("discriminator", {"accuracy": torch.tensor(accuracy)})
-        for _ in range(2):
-            method.inspect()
-        told = capsys.readouterr().err
-        assert told.count("warning") == (said != "") and said in told
-
-
-@pytest.mark.parametrize(
-    ("options", "begun", "warned"),
-    [({}, True, True), ({}, False, False), ({"weight": 0.1}, True, False)],
-)
-def test_it_warns_of_a_discriminator_at_chance(
-    options: dict[str, Any],
-    begun: bool,
-    warned: bool,
-    tiny_folder: Folder,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In the first runs of the experiment the share of a gradient that said nothing was noise, and
-    every rung of the ladder made pictures worse."""
-    method = make(tiny_folder("sd-v"), warmup=1, **options)
-    method.begin(1 if begun else 0)
-    capsys.readouterr()
-    for _ in range(200):
-        method.stepped("discriminator", {"accuracy": torch.tensor(0.5)})
-    method.inspect()
-    assert ("tells 50%" in capsys.readouterr().err) == warned
-
-
-def test_pictures_are_watched_for_collapse(tiny_folder: Folder) -> None:
-    torch.manual_seed(0)
-    model = LatentDiffusion.load(tiny_folder("sd-v"))
-    model.denoiser.requires_grad_(True)
-    method = DiffusionGanObjective(model, GanConfig("mse", discriminator="none"), DmdConfig(), 4)
-    method.meet(["a cat", "a dog"])
-    method.place(torch.device("cpu"))
-    method.begin(0)
-    assert run(method, "generator", pairs())["diversity"][0] > 0.1
-    assert sorted(method.state()) == ["diversity", "gan"]
 
 
 def test_dmd_pulls_along_the_difference_of_the_scores(tiny_folder: Folder) -> None:
