@@ -233,7 +233,8 @@ class DiffusionGanObjective(Objective):
         that become alike."""
         self._watch.inspect("gan")
         penalised = self.config.r1 != "none"
-        followed = self._generator.opposed and self.config.weight is None
+        first = next(iter(self._generator.losses)) == "adversarial"  # then it has no share
+        followed = self._generator.opposed and self.config.weight is None and not first
         remedy = "raise --gan.gamma" if penalised else "use --gan.r1 exact"
         self._accuracy.inspect(remedy, followed)
 

@@ -56,7 +56,7 @@ class GanConfig:
     loss: Adversarial = "non_saturating"
     """non_saturating: the discriminator calls each latent true or made. relativistic: it tells
     which of two is the true one, the teacher's and the generator's of the same noise, where those
-    are given; it learns that from far fewer samples."""
+    are given; what sets prompts apart is then no part of what it has to learn."""
     share: float | None = None
     """Length of the discriminator's gradient at the generator's latents, in parts of the first
     loss's; 0.25 by default."""

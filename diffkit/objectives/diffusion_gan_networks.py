@@ -130,7 +130,7 @@ class Accuracy:
             self._warned = True
             warn(
                 f"gan: the discriminator tells {accuracy:.0%} of true and generated latents apart, "
-                "half of which is chance, and its gradient is kept at a share of the first loss's: "
-                "the generator follows noise. Take --gan.loss relativistic, a longer --gan.warmup, "
-                "a higher --gan.rate or a lower --beta1."
+                "no more than chance, and its gradient is kept at a share of the first loss's, so "
+                "that the generator follows noise; try a longer --gan.warmup, a higher --gan.rate, "
+                "a lower --beta1 or learning rate, or --gan.loss relativistic."
             )

@@ -60,7 +60,7 @@ class RewardConfig:
     refit_temperature: Temperature = "auto"
     """What makes preferences of differences of the reward. auto: its own scale, if it was trained
     with one. median: the usual difference of a pair, followed along the way; for a reward that sees
-    so little difference that by its own scale nothing is preferred, and nothing learnt."""
+    so little difference that by its own scale it prefers hardly anything."""
     smooth_real: bool = False
     """Where the reward prefers a made picture to the real one, teach the proxy that they are as
     good as each other."""

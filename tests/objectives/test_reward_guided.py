@@ -375,7 +375,7 @@ def test_a_reward_without_a_scale_is_measured_by_its_running_median(
     """The first refit only measures; then a typical pair differs by one logit.
 
     So is, where that is asked for, one with a scale. The embedded scorer sees students, targets and
-    pictures differ by a tenth of a logit of its own, of which a proxy learnt nothing.
+    pictures differ by a fraction of a logit of its own, so that it prefers hardly anything.
     """
     rewards = [(Bright(), 1.0)] if temperature == "auto" else None
     options: dict[str, Any] = {"mode": "proxy", "proxy": proxy, "beta": 1.0}
