@@ -18,6 +18,7 @@ from rg_lcd_parts.measure import Prompts, Sampler
 from runner.experiment import Experiment, Results
 from safetensors.torch import load_file
 
+from diffkit.errors import RunFailed
 from diffkit.files import read_jsonl
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.training.consistency import ConsistencyTraining
@@ -113,6 +114,18 @@ def test_the_longer_arm_is_the_same_run(experiment: Experiment, data: Path, firs
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     weights = [load_file(found[c.arm][1] / "unet" / WEIGHTS) for c in cells]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_stage_that_is_past_is_not_taken_from_a_later_one(
+    experiment: Experiment, data: Path
+) -> None:
+    cell = experiment.cell(report.LCD, 0)
+    done = cell.work / "run" / "finished.json"
+    done.parent.mkdir(parents=True)
+    done.write_text('{"step": 5, "result": "model"}')
+    with pytest.raises(RunFailed, match="is at step 5, and its result after 3 was not kept"):
+        rg_lcd.trained(cell, data, TEACHER, experiment)
+    assert not (cell.work / "run-3").exists()
 
 
 def known() -> Results:

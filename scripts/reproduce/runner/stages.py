@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffkit.errors import RunFailed
-from diffkit.files import atomic_directory
+from diffkit.files import atomic_directory, read_json
 from diffkit.training.config import TrainConfig
 from diffkit.training.folder import RunFolder
 from diffkit.training.launch import train
@@ -27,7 +27,8 @@ def train_stages(config: TrainConfig, stages: Sequence[int]) -> list[Path]:
 
     The learning rate must not depend on the last step (a constant one, with or without warm-up),
     so that all stages lie on one trajectory. Called again, it goes on from the last checkpoint.
-    Raises `Interrupted` after Ctrl-C or SIGTERM, with a checkpoint written.
+    Raises `Interrupted` after Ctrl-C or SIGTERM, with a checkpoint written, and `RunFailed` where
+    the run is further on than a stage that was not kept.
     """
     output = Path(config.output)
     folders = [stage_folder(output, steps) for steps in stages]
@@ -35,6 +36,12 @@ def train_stages(config: TrainConfig, stages: Sequence[int]) -> list[Path]:
         for steps, folder in zip(stages, folders, strict=True):
             if folder.is_dir():
                 continue
+            done = output / "finished.json"
+            if done.exists() and (there := read_json(done)["step"]) > steps:
+                raise RunFailed(
+                    f"{output}: is at step {there}, and its result after {steps} was not kept; "
+                    "remove the folder to train anew."
+                )
             code = train(replace(config, max_steps=steps))
             if code == INTERRUPTED:
                 raise Interrupted
