@@ -28,11 +28,12 @@ from diffusion_to_gan_parts.arms import (
 from diffusion_to_gan_parts.report import draw, text
 from runner.experiment import Cell, Experiment, digest
 from runner.inputs import FEATURES, asset_digests
+from runner.judge import Asked
 from runner.main import main
-from runner.open_captions import KINDS, open_caption, open_pictures, open_teacher
 from runner.open_captions import TEACHER as TRAINED
+from runner.open_captions import asked_of, open_pictures, open_teacher
 from runner.pairs import pair_folder
-from runner.students import Asked, Judge, decoded, encoded_strip, few_step_latents
+from runner.students import Comparison, decoded, encoded_strip, few_step_latents
 from runner.work import INTERRUPTED, Interrupted, claim
 from torch import Tensor
 
@@ -62,21 +63,11 @@ SCORING: dict[str, Any] = {
     "noises": 4,
     "seed": 1,
     "shown": 12,
+    "distances": ["pictures", "teacher", "teacher's looks"],
 }
 
 
 # -- making -------------------------------------------------------------------------------------
-
-
-def asked_of(data: Path) -> list[Asked]:
-    """The different captions of the pictures: all concepts, then all looks."""
-    found: dict[str, Asked] = {}
-    for kind in KINDS:
-        for row in read_jsonl(data / "metadata.jsonl"):
-            caption = open_caption(row, kind)
-            names = {"concept": caption} if kind == "concept" else {"style": row["style"]}
-            found.setdefault(caption, Asked(caption, **names))
-    return list(found.values())
 
 
 def trained_captions(asked: Sequence[Asked]) -> list[str]:
@@ -177,7 +168,7 @@ def make(cell: Cell, data: Path, teacher: Path, experiment: Experiment) -> dict[
         latents = few_step_latents(model, held, *words)
     images = decoded(model, latents)
     taught = taught_latents(training_pairs(cell, data, teacher), asked)
-    judge = Judge(held, asked, taught, data, model, FeatureNetwork.load(FEATURES))
+    judge = Comparison(held, asked, taught, data, model, FeatureNetwork.load(FEATURES))
     values: dict[str, Any] = {"device": device, **judge.scores(latents, images)}
     if trains:
         values |= logged(read_jsonl(cell.work / "run" / "metrics.jsonl"))

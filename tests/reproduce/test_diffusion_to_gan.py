@@ -28,9 +28,10 @@ from diffusion_to_gan_parts.arms import (
 from diffusion_to_gan_parts.report import MEASURES
 from matplotlib.figure import Figure
 from runner.experiment import Cell, Experiment, Results
+from runner.judge import Asked
 from runner.pairs import pair_folder
 from runner.scores import detail
-from runner.students import Asked, Judge, encoded_strip, strip
+from runner.students import Comparison, encoded_strip, strip
 
 from diffkit.data.trajectories import TrajectoryData
 from diffkit.data.trajectory_store import read_header
@@ -108,8 +109,9 @@ def test_the_teachers_own_end_points_are_without_fault(data: Path, tmp_path: Pat
     assert read_header(folder).steps == 2
     held = TrajectoryData(folder, batch_size=1, seed=0).pairs(range(4))
     network = FeatureNetwork.load(path("features"))
-    judge = Judge(held, asked, held.latents, data, LatentDiffusion.load(EMBEDDED), network)
+    judge = Comparison(held, asked, held.latents, data, LatentDiffusion.load(EMBEDDED), network)
     own = judge.scores(held.latents, judge.pictures)
+    assert set(own) == {"n", *(measure.key for measure in MEASURES)}
     assert own["detail"] == own["diversity"] == 1
     assert own["latent_error"] == own["perceptual"] == 0
     assert own["concept"] in (0, 0.5, 1) and own["style"] == 1  # the only one that is asked for
@@ -183,7 +185,7 @@ def test_the_tables_say_what_the_results_say() -> None:
     lines = EXPERIMENT.text(known()).splitlines()
     rows = {arm: [line for line in lines if line.startswith(f"| {arm} | ")] for arm in ARMS}
     assert all(len(rows[arm]) == 1 for arm in ARMS if arm not in TEACHERS)
-    assert rows[MSE][0].startswith("| MSE | 3 | 0.3010 | 0.5000 | 50.0% | 50.0% | 50.0% | 0.200 |")
+    assert rows[MSE][0].startswith("| MSE | 3 | 0.3010 | 0.5000 | 0.5000 | 50.0% |")
     assert rows[MSE][0].endswith("| +0.1000 [+0.1000, +0.1000] |")
     assert rows[BEST][0].endswith("|  |") and rows[LPL][0].startswith(f"| {LPL} | 1 |")
     said = "\n".join(lines)

@@ -69,10 +69,16 @@ def test_every_arm_is_a_configuration(experiment: Experiment, data: Path) -> Non
 
 def test_prompts_leave_things_open(data: Path) -> None:
     found = Prompts.read(data, 3)
-    assert len(found.captions) == len(found.kinds) == 3 * len(set(found.captions))
-    assert found.captions[0] == found.captions[2] != found.captions[3]
-    assert set(found.kinds) == {"concept", "look"}
-    assert all((", " in c) == (k == "look") for c, k in zip(found.captions, found.kinds))
+    captions = found.captions
+    assert len(captions) == 3 * len(set(captions)) == 3 * len(found.asked)
+    assert captions[0] == captions[2] != captions[3]
+    assert {(one.concept is None, one.style is None) for one in found.asked} == {
+        (True, False),
+        (False, True),
+    }
+    assert all((", " in one.caption) == (one.concept is None) for one in found.asked)
+    places = found.by_caption(torch.arange(len(captions)))
+    assert [captions[i] for i in places[1].tolist()] == [found.asked[1].caption] * 3
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.experiment import Results
 from runner.intervals import paired_difference
+from runner.judge import SHADED_MEANING
 from runner.report import MORE, Measure, contrast_table, interval_text
 from runner.students import strip
 
@@ -32,6 +33,7 @@ __all__ = ["MEASURES", "draw", "text"]
 MEASURES = (
     Measure("kernel", "kernel distance to the pictures", ".4f"),
     Measure("kernel_taught", "to the teacher's samples", ".4f"),
+    Measure("kernel_looks", "of looks", ".4f"),
     Measure("concept", "concept, by the feature network", ".1%"),
     Measure("style", "style, by the feature network", ".1%"),
     Measure("shaded", "taken for the shaded style", ".1%"),
@@ -125,7 +127,7 @@ def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, An
         f"Measured on all captions with {scoring['noises']} noises each that no student has seen, "
         "beside the teacher's end points of the same noises. "
         f"Made on {', '.join(devices)}. "
-        "t-intervals of differences, paired by seed.",
+        f"t-intervals of differences, paired by seed. {SHADED_MEANING}",
         "",
         *table(results, list(REGRESSIONS), BEST),
         "",

@@ -8,17 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from runner.distances import caption_distance
 from runner.inputs import FEATURES
-from runner.open_captions import KINDS, open_caption
-from runner.scores import SHADED, detail
+from runner.judge import Asked, Judge
+from runner.open_captions import asked_of
+from runner.scores import detail
 from torch import Tensor
 
-from diffkit.files import read_jsonl
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
-from diffkit.objectives.collapse import within_prompt_diversity
 from diffkit.randomness import normal
 from diffkit.rewards.spec import load_reward
 
@@ -27,27 +25,35 @@ __all__ = ["POOLED", "Judges", "Prompts", "Sampler"]
 POOLED = "embedded@16"
 """The embedded scorer of pictures averaged down to 16x16."""
 
+SEEN = ("kernel", "kernel_taught", "concept", "shaded", "diversity")
+"""What is told of a `Judge`'s scores."""
+
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Captions of the samples, each with several noises: all of a kind that leaves things open."""
+    """What the samples are asked for: P captions that leave things open, `noises` of each in a row.
 
-    captions: list[str]
-    kinds: list[str]
+    The samples come in the order of `captions`; `by_caption` puts them into rows.
+    """
+
+    asked: list[Asked]
     noises: int
 
     @classmethod
     def read(cls, data: Path, noises: int) -> Prompts:
-        """Every open caption of the data once, in order, `noises` times."""
-        found: dict[str, str] = {}
-        for kind in KINDS:
-            for row in read_jsonl(data / "metadata.jsonl"):
-                full = max(row["text"], key=lambda text: text.count(","))
-                found.setdefault(open_caption({**row, "text": [full]}, kind), kind)
-        each = [pair for pair in found.items() for _ in range(noises)]
-        return cls([caption for caption, _ in each], [kind for _, kind in each], noises)
+        """Every open caption of the data once, in order."""
+        return cls(asked_of(data), noises)
+
+    @property
+    def captions(self) -> list[str]:
+        """Of all samples."""
+        return [one.caption for one in self.asked for _ in range(self.noises)]
+
+    def by_caption(self, samples: Tensor) -> Tensor:
+        """(P, noises, ...) of all samples (n, ...)."""
+        return samples.unflatten(0, (len(self.asked), self.noises))
 
 
 @dataclass(frozen=True)
@@ -117,58 +123,28 @@ class Judges:
     ) -> None:
         self.prompts = prompts
         self.ends = ends.to(device)
-        self.network = FeatureNetwork.load(FEATURES).to(device)
-        self.references = {
-            "kernel": self._features(real.to(device))[None],
-            "kernel_taught": self._by_caption(self._features(taught.to(device))),
-        }
+        network = FeatureNetwork.load(FEATURES).to(device)
+        known = real.to(device), prompts.by_caption(taught.to(device))
+        self.judge = Judge(network, prompts.asked, *known)
         self.rewards = {
             name: load_reward(spec, device)
             for name, spec in (("reward", POOLED), ("reward_full", "embedded"))
         }
 
     @torch.no_grad()
-    def _features(self, images: Tensor) -> Tensor:
-        return torch.cat([self.network.features(part) for part in images.split(BATCH)])
-
-    @torch.no_grad()
     def score(self, latents: Tensor, images: Tensor) -> dict[str, float]:
-        """All measures of samples made of `prompts`, in order."""
-        drawn = self._features(images)
-        found = {
-            name: caption_distance(self._by_caption(drawn), reference)
-            for name, reference in self.references.items()
-        }
-        found |= {
-            "endpoint": float((latents - self.ends).square().mean()),
-            "detail": detail(images),
-            "diversity": float(within_prompt_diversity(self._by_caption(latents))),
-            **self._classes(images),
-        }
+        """All measures of samples made of `prompts`, in order; see `Judge` for most of them.
+
+        `endpoint`: mean squared distance of latents to the ends. `detail`: see `runner.scores`.
+        `reward`, `reward_full`: mean rewards, of pooled and of whole pictures.
+        """
+        grouped = (self.prompts.by_caption(x) for x in (latents, images))
+        seen = self.judge.scores(*grouped)
+        found = {name: seen[name] for name in SEEN}
+        found["endpoint"] = float((latents - self.ends).square().mean())
+        found["detail"] = detail(images)
         for name, reward in self.rewards.items():
             embedded = reward.embed_prompts(self.prompts.captions)
             parts = zip(images.split(BATCH), embedded.split(BATCH), strict=True)
             found[name] = float(torch.cat([reward.score(*part) for part in parts]).mean())
         return found
-
-    def _by_caption(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (-1, self.prompts.noises))
-
-    def _classes(self, images: Tensor) -> dict[str, float]:
-        """What the feature network sees in the samples of captions that name a concept alone.
-
-        `concept`: the share in which it finds that one among all that are asked for. `shaded`: the
-        share that it takes for the one style with soft shades; of the pictures it is a quarter.
-        """
-        places = [i for i, kind in enumerate(self.prompts.kinds) if kind == "concept"]
-        names = [self.prompts.captions[i] for i in places]
-        every = sorted(set(names))
-        logits = self.network.classify(images[places])
-        columns = self.network.concept_indices(every).to(images.device)
-        best = logits["concept"][:, columns].argmax(1)
-        truth = torch.tensor([every.index(name) for name in names], device=best.device)
-        shaded = self.network.style_indices([SHADED]).to(images.device)
-        return {
-            "concept": float((best == truth).float().mean()),
-            "shaded": float((logits["style"].argmax(1) == shaded).float().mean()),
-        }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.experiment import Results
 from runner.intervals import Difference, paired_difference
+from runner.judge import SHADED_MEANING
 from runner.report import MORE
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def text(results: Results, settings: Mapping[str, Any], long: int) -> str:
             f"{known['n']} samples, all captions with the same noises for all arms of a seed; "
             "kernel distance to all pictures with the embedded features. Intervals are t-intervals "
             "of differences paired by seed, of logarithms for ratios (x). "
-            f"Made on {devices}.",
+            f"{SHADED_MEANING} Made on {devices}.",
             "",
             *curve_table(results),
             "",

@@ -18,10 +18,11 @@ from typing import Any
 from diffkit.files import atomic_directory, read_jsonl
 from diffkit.training.denoising import DenoisingTraining
 from runner.inputs import EMOJI, pictures
+from runner.judge import Asked
 from runner.stages import train_stages
 from runner.work import claim
 
-__all__ = ["KINDS", "TEACHER", "open_caption", "open_pictures", "open_teacher"]
+__all__ = ["KINDS", "TEACHER", "asked_of", "open_caption", "open_pictures", "open_teacher"]
 
 KINDS = ("concept", "look")
 
@@ -40,6 +41,17 @@ def open_caption(row: dict[str, Any], kind: str) -> str:
         name: str = row["text"][0].split(",")[0]
         return name
     return f"{row['style']} style, {row['background']} background"
+
+
+def asked_of(data: Path) -> list[Asked]:
+    """The different open captions of pictures: all concepts, then all looks."""
+    found: dict[str, Asked] = {}
+    for kind in KINDS:
+        for row in read_jsonl(data / "metadata.jsonl"):
+            caption = open_caption(row, kind)
+            names = {"concept": caption} if kind == "concept" else {"style": row["style"]}
+            found.setdefault(caption, Asked(caption, **names))
+    return list(found.values())
 
 
 def open_pictures(folder: Path = EMOJI) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +20,10 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
 from diffkit.objectives.collapse import within_prompt_diversity
 from diffkit.perceptual.unit_distance import unit_distance
-from runner.distances import caption_distance
-from runner.scores import BATCH, SHADED, detail, features_of
+from runner.judge import Asked, Judge
+from runner.scores import BATCH, detail
 
-__all__ = ["Asked", "Judge", "decoded", "encoded_strip", "few_step_latents", "strip"]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A caption, and the concept or the style that it names."""
-
-    caption: str
-    concept: str | None = None
-    style: str | None = None
+__all__ = ["Comparison", "decoded", "encoded_strip", "few_step_latents", "strip"]
 
 
 @torch.no_grad()
@@ -60,7 +50,7 @@ def decoded(model: LatentDiffusion, latents: Tensor) -> Tensor:
     return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts])
 
 
-class Judge:
+class Comparison:
     """Measures latents beside the teacher's end points of the same noises.
 
     Arguments:
@@ -82,62 +72,34 @@ class Judge:
         model: LatentDiffusion,
         network: FeatureNetwork,
     ) -> None:
-        self.held, self.asked = held, list(asked)
-        self.network, self.model = network, model
-        self.real = features_of(network, read_pictures(data)[0])
-        self.taught = features_of(network, decoded(model, taught))
+        self.held, self.network = held, network
+        self._captions = len(asked)
+        known = self._by_caption(decoded(model, taught))
+        self._judge = Judge(network, asked, read_pictures(data)[0], known)
         self.pictures = decoded(model, held.latents)
 
     @torch.no_grad()
     def scores(self, latents: Tensor, images: Tensor) -> dict[str, float]:
         """The numbers of latents (n, C, h, w), float32 on the CPU, and their decoded pictures.
 
-        `kernel`, `kernel_taught`: `caption_distance` of the features to those of all real pictures,
-        and to those of the teacher's end points from other noises. `concept`, `style`: parts of
-        those pictures whose caption names one, in which the classifier finds it among all that are
-        asked for. `shaded`: the part of those that name no style which it takes for the shaded one.
-        `detail`: their power from half Nyquist on, over the teacher's.
-        `latent_error` and `perceptual`: mean squared distance of latents, and unit distance of the
-        feature network's maps, summed over the maps, to the teacher's end point of the same noise.
-        `diversity`: how much pictures of one caption differ, over the teacher's.
+        Those of `Judge`, `diversity` over the teacher's. `detail`: power from half Nyquist on, over
+        the teacher's. `latent_error` and `perceptual`: mean squared distance of latents, and unit
+        distance of the feature network's maps, summed over the maps, to the teacher's end point of
+        the same noise.
         """
-        logits = self.network.classify(images)
-        drawn = features_of(self.network, images)
-        diversity, teacher = (self._diversity(x) for x in (latents, self.held.latents))
+        found = self._judge.scores(self._by_caption(latents), self._by_caption(images))
+        teacher = float(within_prompt_diversity(self._by_caption(self.held.latents)))
         return {
             "n": len(images),
-            "kernel": caption_distance(self._by_caption(drawn), self.real[None]),
-            "kernel_taught": caption_distance(
-                self._by_caption(drawn), self._by_caption(self.taught)
-            ),
-            "concept": self._told("concept", logits["concept"]),
-            "style": self._told("style", logits["style"]),
-            "shaded": self._shaded(logits["style"]),
+            **found,
+            "diversity": found["diversity"] / teacher,
             "detail": detail(images) / detail(self.pictures),
             "latent_error": float((latents - self.held.latents).square().mean()),
             "perceptual": self._perceptual(images),
-            "diversity": diversity / teacher,
         }
 
-    def _told(self, kind: str, logits: Tensor) -> float:
-        named = [getattr(asked, kind) for asked in self.asked]
-        classes = sorted({name for name in named if name is not None})
-        columns = self.network.concept_indices if kind == "concept" else self.network.style_indices
-        found = logits[:, columns(classes)].argmax(1).tolist()
-        wanted = [named[i % len(named)] for i in range(len(found))]
-        hits = [classes[i] == name for i, name in zip(found, wanted) if name is not None]
-        return sum(hits) / len(hits)
-
-    def _shaded(self, logits: Tensor) -> float:
-        free = torch.tensor([one.style is None for one in self.asked])
-        found = logits.argmax(1) == self.network.style_indices([SHADED]).item()
-        return float(found.unflatten(0, (-1, len(free)))[:, free].float().mean())
-
-    def _diversity(self, latents: Tensor) -> float:
-        return float(within_prompt_diversity(self._by_caption(latents)))
-
     def _by_caption(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (-1, len(self.asked))).transpose(0, 1)
+        return rows.unflatten(0, (-1, self._captions)).transpose(0, 1)
 
     def _perceptual(self, images: Tensor) -> float:
         total, trunk = 0.0, self.network.trunk
