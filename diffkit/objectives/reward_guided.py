@@ -243,7 +243,7 @@ class RewardGuidedObjective(ConsistencyObjective):
     def shown(self) -> Sequence[str]:
         """The rewards; how well a fitted proxy agrees with them."""
         if self._refit is not None:
-            return ("refit/reward", "refit/accuracy")
+            return ("refit/reward", "refit/accuracy", "refit/gap_accuracy")
         return () if self._weights is None else self._weights.names[1:]
 
     def watched(self) -> Sequence[str]:

@@ -33,6 +33,7 @@ from diffkit.rewards.proxy import LatentProxy, Told
 from diffkit.rewards.refit import (
     RunningMedian,
     expert_logits,
+    gap_accuracy,
     pair_accuracy,
     pair_kl,
     proxy_logits,
@@ -214,7 +215,8 @@ class ProxyPlayer(nn.Module):
     forward("refit", draws, shared) -> each (B,), or a pair of which the ratio of sums counts:
 
     - "loss": the KL of all pairs of candidates, see `pair_kl`;
-    - "accuracy": share of the pairs that the proxy orders as the reward does;
+    - "accuracy": share of the pairs that the proxy orders as the reward does; "gap_accuracy" the
+      same with each pair counted by how far the reward tells it apart;
     - "reward", "reward_target", "reward_real": the expert's word of the candidates;
     - "temperature": what the expert's differences are divided by, "scale" the proxy's own;
     - "gap", "gap_above": what the temperature follows.
@@ -264,6 +266,10 @@ class ProxyPlayer(nn.Module):
         spread = partial(_spread, rows=rows, count=count, weight=draws.fit_weight)
         terms: dict[str, Any] = {"loss": _whole(loss, rows, count)}
         terms["accuracy"] = spread(pair_accuracy(expert, own.detach()))
+        right = gap_accuracy(rewards, own.detach())
+        terms["gap_accuracy"] = tuple(
+            _whole(x * (draws.fit_weight > 0), rows, count) for x in right
+        )
         names = ("reward", "reward_target", "reward_real")
         terms |= {n: spread(column) for n, column in zip(names, rewards.unbind(1), strict=True)}
         if self.scale is None:

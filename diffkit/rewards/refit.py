@@ -24,6 +24,7 @@ __all__ = [
     "RunningMedian",
     "contrastive_loss",
     "expert_logits",
+    "gap_accuracy",
     "pair_accuracy",
     "pair_kl",
     "proxy_logits",
@@ -64,9 +65,26 @@ def pair_accuracy(expert: Tensor, proxy: Tensor) -> Tensor:
 
     A pair in which one of them sees no difference counts as half a hit.
     """
+    hits, _ = _ordered(expert, proxy)
+    return hits.mean(1)
+
+
+def gap_accuracy(expert: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor]:
+    """The same share with each pair counted by its gap |r_i - r_j|, as a pair of (B,), (B,).
+
+    A student's estimate and its target are nearly the same picture: to order those rightly or not
+    costs no reward. The ratio of the sums over all prompts, hits times gaps over gaps, is the share
+    of the differences in reward that the proxy gets right: 1/2 by chance, in any scale of r.
+    """
+    hits, gaps = _ordered(expert, proxy)
+    return (hits * gaps).mean(1), gaps.mean(1)
+
+
+def _ordered(expert: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor]:
+    """(hits, gaps) (B, pairs): 1, 1/2 or 0, and |r_i - r_j|."""
     left, right = _pairs(expert.shape[1], expert.device)
     r, s = expert[:, left] - expert[:, right], proxy[:, left] - proxy[:, right]
-    return ((r.sign() * s.sign()).float() + 1).mean(1) / 2
+    return ((r.sign() * s.sign()).float() + 1) / 2, _wide(r).abs()
 
 
 def proxy_logits(

@@ -181,8 +181,9 @@ def student(cell: Cell, teacher: Path, result: Path, device: torch.device) -> Sa
 
 
 def logged(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a run says of itself at its end: of the proxy, of the reward's weight, of diversity."""
-    names = {"refit/accuracy": "accuracy", "saturated": "saturated", "lcd/saturated": "saturated"}
+    """What a run says of itself at its end: of the proxy, and of pixels beyond their range."""
+    names = {"saturated": "saturated", "lcd/saturated": "saturated"}
+    names |= {f"refit/{name}": name for name in ("accuracy", "gap_accuracy")}
     last = rows[-LAST:]
     found = {}
     for key, name in names.items():

@@ -277,7 +277,13 @@ def test_prompts_follow_the_samples_that_are_fitted(objective: Any, proxy: Path)
         torch.testing.assert_close(found["loss"][row], 4 / 3 * alone[place]["loss"][row])
         for name in ("reward", "reward_target", "reward_real"):
             torch.testing.assert_close(found[name][0][row], alone[place][name][0][row])
+        torch.testing.assert_close(
+            torch.stack(found["gap_accuracy"])[:, row],
+            torch.stack(alone[place]["gap_accuracy"])[:, row],
+        )
     assert found["loss"][1] == 0 and found["accuracy"][1].tolist() == [1, 0, 1, 1]
+    gaps = found["gap_accuracy"][1]  # the first prompt is rewarded with 0 times the brightness
+    assert gaps.gt(0).tolist() == [False, False, True, True]
     pictures = method.model.codec.decode(shared.z0)
     expected = torch.arange(4) * ((pictures + 1) / 2).clamp(0, 1).flatten(1).mean(1)
     torch.testing.assert_close(found["reward_real"][0][rows], expected[rows])

@@ -14,6 +14,7 @@ from diffkit.rewards.refit import (
     RunningMedian,
     contrastive_loss,
     expert_logits,
+    gap_accuracy,
     pair_accuracy,
     pair_kl,
 )
@@ -107,6 +108,18 @@ def test_the_accuracy_counts_pairs():
     proxy = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0], [0.0, 0.0, 0.0]])
     expected = torch.tensor([1.0, 0.0, 2 / 3, 0.5])
     torch.testing.assert_close(pair_accuracy(expert, proxy), expected)
+
+
+def test_pairs_count_by_their_gaps():
+    """Gaps 1, 4, 3, of which the first is ordered wrongly; a tie of the expert has no gap."""
+    expert = torch.tensor([[4.0, 3.0, 0.0], [5.0, 5.0, 5.0]])
+    proxy = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 3.0]])
+    for scale in (1.0, 0.01):
+        hits, gaps = gap_accuracy(scale * expert, proxy)
+        torch.testing.assert_close(hits / scale, torch.tensor([7 / 3, 0.0]))
+        torch.testing.assert_close(gaps / scale, torch.tensor([8 / 3, 0.0]))
+        assert float(hits.sum() / gaps.sum()) == pytest.approx(7 / 8)
+    assert pair_accuracy(expert, proxy)[0] == pytest.approx(2 / 3)
 
 
 def test_a_reward_with_a_logit_scale_needs_no_temperature():
