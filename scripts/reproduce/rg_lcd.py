@@ -46,9 +46,8 @@ PROXY: dict[str, Any] = {
     "mode": "proxy",
     "rewards": POOLED,
     "share": 0.3,
-    "refit_rate": 1e-4,
-    "refit_every": 2,
-    "refit_share": 0.5,
+    "refit_rate": 1e-3,
+    "refit_temperature": "median",
 }
 ARMS: dict[str, dict[str, Any]] = {
     TEACHER_ARM: {"lcd": None},
@@ -56,7 +55,7 @@ ARMS: dict[str, dict[str, Any]] = {
     LONG: {"run of": LCD, "stages": [400, 1200]},
     "direct": {"reward": DIRECT},
     LARGE: {"reward": DIRECT | {"share": 2.0}},
-    "proxy": {"reward": PROXY, "proxy": {"network": "vit", "text": "embedded"}},
+    "proxy": {"reward": PROXY},
     "online target": {"lcd": {"target": "online"}},
     "L2": {"lcd": {"distance": "l2"}},
     "E-LatentLPIPS": {
@@ -66,7 +65,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "random embedding": {"lcd": {"embedding_init": "default"}},
     "two segments": {"lcd": {"segments": 2}, "sampled": [2]},
     "full resolution": {"reward": DIRECT | {"rewards": "embedded"}},
-    "proxy of taps": {"reward": PROXY, "proxy": {"network": "taps"}},
+    "proxy of towers": {"reward": PROXY, "proxy": {"network": "vit", "text": "embedded"}},
     "LoRA": {"lora_rank": 16},
 }
 SETTINGS: dict[str, Any] = {

@@ -19,6 +19,7 @@ __all__ = ["ABLATIONS", "LARGE", "LCD", "LONG", "TEACHER_ARM", "draw", "text"]
 
 TEACHER_ARM, LCD, LONG = "teacher", "LCD", "LCD, long"
 LARGE = "direct, large"
+ACCURACIES = ("accuracy", "gap_accuracy")
 REWARDED = ("direct", LARGE, "proxy")
 ABLATIONS = {
     "online target": "the student itself in place of its moving average as the target",
@@ -28,7 +29,7 @@ ABLATIONS = {
     "two segments": "consistency inside two segments, two steps from edge to edge",
     "LoRA": "rank 16, one guidance scale, online target",
     "full resolution": "direct reward of the whole 64x64 picture",
-    "proxy of taps": "the proxy is a head on the teacher's own encoder",
+    "proxy of towers": "the proxy is a network of its own, trained on pictures and captions before",
 }
 
 
@@ -161,18 +162,21 @@ def orders(results: Results, steps: int) -> Iterator[str]:
 
 
 def accuracy(results: Results) -> str:
-    """How often the proxy orders pairs as the reward does."""
+    """How often the proxy orders pairs as the reward does, and how much of it that is."""
     parts = []
-    for arm in ("proxy", "proxy of taps"):
+    for arm in ("proxy", "proxy of towers"):
         seeds = results.seeds(arm)
         if seeds:
-            values = ", ".join(f"{x:.1%}" for x in results.column(arm, "accuracy", seeds))
-            parts.append(f"{arm} {values}")
+            each = zip(*(results.column(arm, key, seeds) for key in ACCURACIES), strict=True)
+            told = ", ".join(f"{plain:.1%} and {gaps:.1%}" for plain, gaps in each)
+            parts.append(f"{arm} {told}")
     if not parts:
         return "No proxy was fitted yet."
     return (
         "Pairs of student, target and real picture that the proxy orders as the reward does, over "
-        f"the last 100 steps, before the step that is made on them: {'; '.join(parts)}."
+        "the last 100 steps, before the step that is made on them; and the same with each pair "
+        "counted by its difference in reward (student and target are nearly the same picture): "
+        f"{'; '.join(parts)}."
     )
 
 
