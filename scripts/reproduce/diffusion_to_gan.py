@@ -119,6 +119,8 @@ def configuration(cell: Cell, pairs: Path, teacher: Path, start: Path) -> GanTra
         max_steps=settings["steps"],
         batch_size=settings["batch_size"],
         learning_rate=settings["learning_rate"],
+        lr_schedule="warmup-stable-decay",
+        decay_steps=settings["decay"],
         warmup_steps=settings["warmup_steps"],
         max_grad_norm=settings["max_grad_norm"],
         ema=settings["ema"],

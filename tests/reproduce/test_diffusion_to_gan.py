@@ -58,7 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def experiment(tmp_path: Path, data: Path) -> Experiment:
     """Two steps of two pairs; the generator hears of the discriminator in the second."""
-    few = {"steps": 2, "batch_size": 2}
+    few = {"steps": 2, "decay": 1, "batch_size": 2}
     arms = {}
     for arm, values in ARMS.items():
         gan = dict(values.get("gan", {}))

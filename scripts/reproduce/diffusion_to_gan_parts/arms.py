@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DMD2": {"gan": {**WHOLE, "dmd": True}, "dmd": {"updates": 2}},
     "on MSE": {"gan": {**WHOLE, "regression": "mse"}, "start": MSE},
 }
-FIRST: dict[str, Any] = {"steps": 1200, "batch_size": 16, "learning_rate": 2e-4}
+FIRST: dict[str, Any] = {"steps": 1500, "decay": 300, "batch_size": 16, "learning_rate": 2e-4}
 SECOND: dict[str, Any] = {"steps": 240, "batch_size": 8, "learning_rate": 1e-4}
 SECOND |= {"start": BEST, "first": FIRST}
 ARMS: dict[str, dict[str, Any]] = {
