@@ -19,10 +19,12 @@ from typing import Any
 from diffusion_to_gan_parts.arms import (
     ARMS,
     BEST,
+    DMD,
     FIRST,
+    FULL,
     HUBER,
-    LADDER,
     MSE,
+    ON,
     PLAIN_METRIC,
 )
 from diffusion_to_gan_parts.report import draw, text
@@ -37,6 +39,7 @@ from runner.students import Comparison, decoded, encoded_strip, few_step_latents
 from runner.work import INTERRUPTED, Interrupted, claim
 from torch import Tensor
 
+from diffkit import assets
 from diffkit.data.trajectories import TrajectoryBatch, TrajectoryData
 from diffkit.data.trajectory_store import read_header
 from diffkit.errors import RunFailed
@@ -44,6 +47,7 @@ from diffkit.files import read_jsonl
 from diffkit.generation.engine import choose_device
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.text_image_scorer import TextImageScorer
 from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig
 from diffkit.training.diffusion_gan import GanTraining
 from diffkit.training.launch import train
@@ -59,11 +63,10 @@ SETTINGS: dict[str, Any] = {
     "ema": 0.99,
 }
 SCORING: dict[str, Any] = {
-    "assets": asset_digests("features"),
+    "assets": asset_digests("features", "scorer"),
     "noises": 4,
     "seed": 1,
     "shown": 12,
-    "distances": ["pictures", "teacher", "teacher's looks"],
 }
 
 
@@ -170,7 +173,8 @@ def make(cell: Cell, data: Path, teacher: Path, experiment: Experiment) -> dict[
         latents = few_step_latents(model, held, *words)
     images = decoded(model, latents)
     taught = taught_latents(training_pairs(cell, data, teacher), asked)
-    judge = Comparison(held, asked, taught, data, model, FeatureNetwork.load(FEATURES))
+    networks = FeatureNetwork.load(FEATURES), TextImageScorer.load(assets.path("scorer"))
+    judge = Comparison(held, asked, taught, data, model, *networks)
     values: dict[str, Any] = {"device": device, **judge.scores(latents, images)}
     if trains:
         values |= logged(read_jsonl(cell.work / "run" / "metrics.jsonl"))
@@ -195,7 +199,7 @@ def logged(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {f"run {name}": sum(row[name] for row in last) / len(last) for name in sorted(numbers)}
 
 
-MAIN = (MSE, HUBER, PLAIN_METRIC, BEST, *LADDER)
+MAIN = (MSE, HUBER, PLAIN_METRIC, BEST, ON, FULL, DMD)
 EXPERIMENT = Experiment(
     name="diffusion_to_gan",
     title="One-step students by regression and by a discriminator",

@@ -18,6 +18,7 @@ from diffusion_to_gan_parts.arms import (
     BARE,
     BEST,
     FULL,
+    HUBER,
     LADDER,
     LPL,
     MEANING,
@@ -38,6 +39,7 @@ from diffkit.data.trajectory_store import read_header
 from diffkit.files import read_jsonl
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.models.text_image_scorer import TextImageScorer
 from diffkit.objectives.diffusion_gan_config import GanConfig
 from diffkit.perceptual.spectra import high_frequency_energy
 
@@ -108,8 +110,8 @@ def test_the_teachers_own_end_points_are_without_fault(data: Path, tmp_path: Pat
     assert pair_folder(folder, EMBEDDED, [], **words) == folder  # whole, so not made again
     assert read_header(folder).steps == 2
     held = TrajectoryData(folder, batch_size=1, seed=0).pairs(range(4))
-    network = FeatureNetwork.load(path("features"))
-    judge = Comparison(held, asked, held.latents, data, LatentDiffusion.load(EMBEDDED), network)
+    networks = FeatureNetwork.load(path("features")), TextImageScorer.load(path("scorer"))
+    judge = Comparison(held, asked, held.latents, data, LatentDiffusion.load(EMBEDDED), *networks)
     own = judge.scores(held.latents, judge.pictures)
     assert set(own) == {"n", *(measure.key for measure in MEASURES)}
     assert own["detail"] == own["diversity"] == 1
@@ -177,6 +179,7 @@ def known() -> Results:
             kernel = 0.19 if arm == ON else kernel
             values = {measure.key: 0.5 for measure in MEASURES}
             values |= {"detail": 0.2 if arm == MSE else 0.9, "kernel": kernel + 0.001 * seed}
+            values["scorer"] = 0.4 if arm == HUBER else 0.5
             cells[arm, seed] = {"n": 4, "device": "cuda", "pictures": strips, **values}
     return Results(cells)
 
@@ -185,19 +188,21 @@ def test_the_tables_say_what_the_results_say() -> None:
     lines = EXPERIMENT.text(known()).splitlines()
     rows = {arm: [line for line in lines if line.startswith(f"| {arm} | ")] for arm in ARMS}
     assert all(len(rows[arm]) == 1 for arm in ARMS if arm not in TEACHERS)
-    assert rows[MSE][0].startswith("| MSE | 3 | 0.3010 | 0.5000 | 0.5000 | 50.0% |")
-    assert rows[MSE][0].endswith("| +0.1000 [+0.1000, +0.1000] |")
-    assert rows[BEST][0].endswith("|  |") and rows[LPL][0].startswith(f"| {LPL} | 1 |")
+    assert rows[MSE][0].startswith("| MSE | 3 | 0.3010 | 0.5000 | 50.0% | 50.0% | 0.200 |")
+    assert "| +0.1000 [+0.1000, +0.1000] | +0.0000" in rows[MSE][0]
+    assert rows[BEST][0].endswith("|  |  |") and rows[LPL][0].startswith(f"| {LPL} | 1 |")
     said = "\n".join(lines)
-    assert f"{BEST} has the least kernel distance, {MSE} the least power" in said
-    assert "kernel distance is less: -0.0400 [-0.0400, -0.0400]" in said
+    assert f"{BEST} has the least kernel distance by the feature network, {HUBER} by" in said
+    assert f"{MSE} the least power at high frequencies" in said
+    assert "the whole method: kernel distance less, -0.0400 [-0.0400, -0.0400] and by the" in said
+    assert "and distribution matching: kernel distance more, +0.1100 [" in said
     assert "Made on cuda." in said
 
 
 def test_the_figure_is_drawn_from_results_alone() -> None:
     figure = Figure()
     EXPERIMENT.draw(known(), figure)
-    assert len(figure.axes) == 4
+    assert len(figure.axes) == 5
     EXPERIMENT.draw(Results({}), Figure())
 
 

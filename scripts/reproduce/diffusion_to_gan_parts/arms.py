@@ -9,11 +9,13 @@ __all__ = [
     "ARMS",
     "BARE",
     "BEST",
+    "DMD",
     "FIRST",
     "FULL",
     "HUBER",
     "LADDER",
     "LPL",
+    "MATCHED",
     "MEANING",
     "MSE",
     "ON",
@@ -28,7 +30,7 @@ __all__ = [
 TEACHER, BARE = "teacher", "teacher, 1 step"
 BEST = "E-LatentLPIPS"
 MSE, HUBER, PLAIN_METRIC, LPL = "MSE", "pseudo-Huber", "LatentLPIPS", "decoder features"
-ON, FULL = "regression on", "full"
+ON, FULL, DMD, MATCHED = "regression on", "full", "full, DMD2", "DMD2 alone"
 ALONE: dict[str, Any] = {"discriminator": "none"}
 WARMED: dict[str, Any] = {"warmup": 40}
 BARELY: dict[str, Any] = {"noise_input": False, "multiscale": False, "mismatch": 0.0, "r1": "none"}
@@ -57,11 +59,12 @@ LADDER: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "approximated R1": {"gan": {**WHOLE, "r1": "approximate"}},
-    "DMD2": {"gan": {**WHOLE, "dmd": True}, "dmd": {"updates": 2}},
+    DMD: {"gan": {**WHOLE, "dmd": True}, "dmd": {"updates": 2}},
+    MATCHED: {"gan": {**ALONE, "dmd": True}, "dmd": {"updates": 2}},
     "on MSE": {"gan": {**WHOLE, "regression": "mse"}, "start": MSE},
 }
 FIRST: dict[str, Any] = {"steps": 1500, "decay": 300, "batch_size": 16, "learning_rate": 2e-4}
-SECOND: dict[str, Any] = {"steps": 240, "batch_size": 8, "learning_rate": 1e-4}
+SECOND: dict[str, Any] = {"steps": 320, "decay": 160, "batch_size": 8, "learning_rate": 3e-5}
 SECOND |= {"start": BEST, "first": FIRST}
 ARMS: dict[str, dict[str, Any]] = {
     **TEACHERS,
@@ -81,6 +84,7 @@ MEANING = {
     "+ mix-and-match": "a quarter of what it sees as generated are other pairs' true latents",
     FULL: "and R1 of a single sample at every 16th step: the whole method",
     "approximated R1": "the whole method, R1 by noise and not by second derivatives",
-    "DMD2": "the whole method and distribution matching",
+    DMD: "the whole method and distribution matching",
+    MATCHED: "distribution matching without a discriminator",
     "on MSE": f"the whole method, from the {MSE} student and with that regression",
 }

@@ -12,16 +12,18 @@ from runner.report import MORE, Measure, contrast_table, interval_text
 from runner.students import strip
 
 from diffusion_to_gan_parts.arms import (
-    BARE,
     BEST,
+    DMD,
     FULL,
     LADDER,
+    MATCHED,
     MEANING,
     MSE,
     ON,
     REGRESSIONS,
     SECOND,
     TEACHER,
+    TEACHERS,
     VARIANTS,
 )
 
@@ -30,10 +32,27 @@ if TYPE_CHECKING:
 
 __all__ = ["MEASURES", "draw", "text"]
 
+DISTANCES = (
+    Measure("kernel", "kernel distance", ".4f"),
+    Measure("scorer", "by the scorer", ".4f"),
+)
+SHORT = (
+    *DISTANCES,
+    Measure("style", "style", ".1%"),
+    Measure("shaded", "shaded", ".1%"),
+    Measure("detail", "detail", ".3f"),
+    Measure("latent_error", "error of latents", ".4f"),
+    Measure("diversity", "diversity", ".3f"),
+)
+"""The columns of the tables; what they mean is said in `MEASURES`."""
+
 MEASURES = (
     Measure("kernel", "kernel distance to the pictures", ".4f"),
     Measure("kernel_taught", "to the teacher's samples", ".4f"),
-    Measure("kernel_looks", "of looks", ".4f"),
+    Measure("kernel_looks", "to those of captions that name a style", ".4f"),
+    Measure("scorer", "kernel distance to the pictures, by the scorer", ".4f"),
+    Measure("scorer_taught", "to the teacher's samples", ".4f"),
+    Measure("scorer_looks", "to those of captions that name a style", ".4f"),
     Measure("concept", "concept, by the feature network", ".1%"),
     Measure("style", "style, by the feature network", ".1%"),
     Measure("shaded", "taken for the shaded style", ".1%"),
@@ -45,27 +64,28 @@ MEASURES = (
 
 
 def table(results: Results, arms: Sequence[str], baseline: str) -> Iterator[str]:
-    """A line an arm: means over its seeds, and how the kernel distance differs from a baseline."""
-    heads = [measure.label for measure in MEASURES]
-    yield f"| student | seeds | {' | '.join(heads)} | kernel distance - {baseline}, 95 % |"
-    yield "| --- " * (len(heads) + 3) + "|"
+    """A line an arm: means over its seeds, and how both distances differ from a baseline's."""
+    heads = [measure.label for measure in SHORT] + [f"{m.label} - {baseline}" for m in DISTANCES]
+    yield f"| student | seeds | {' | '.join(heads)} |"
+    yield "| --- " * (len(heads) + 2) + "|"
     for arm in arms:
         if not (seeds := results.seeds(arm)):
             continue
         cells = []
-        for measure in MEASURES:
+        for measure in SHORT:
             column = results.column(arm, measure.key, seeds)
             cells.append(format(sum(column) / len(column), measure.form))
-        yield f"| {arm} | {len(seeds)} | {' | '.join(cells)} | {against(results, arm, baseline)} |"
+        cells += [against(results, arm, baseline, measure) for measure in DISTANCES]
+        yield f"| {arm} | {len(seeds)} | {' | '.join(cells)} |"
 
 
-def against(results: Results, arm: str, baseline: str) -> str:
-    """The difference of the kernel distance with its interval; empty for the baseline itself."""
+def against(results: Results, arm: str, baseline: str, measure: Measure) -> str:
+    """The difference of a measure with its interval; empty for the baseline itself."""
     seeds = results.seeds(arm, baseline)
     if arm == baseline or not seeds:
         return ""
-    columns = [results.column(name, "kernel", seeds) for name in (arm, baseline)]
-    return interval_text(paired_difference(*columns), ".4f")
+    columns = [results.column(name, measure.key, seeds) for name in (arm, baseline)]
+    return interval_text(paired_difference(*columns), measure.form)
 
 
 def mean(results: Results, arm: str, key: str) -> float:
@@ -79,34 +99,28 @@ def verdicts(results: Results) -> list[str]:
     found = [arm for arm in REGRESSIONS if results.seeds(arm)]
     lines = []
     if found:
-        nearest = min(found, key=lambda arm: mean(results, arm, "kernel"))
-        blurred = min(found, key=lambda arm: mean(results, arm, "detail"))
-        closest = min(found, key=lambda arm: mean(results, arm, "latent_error"))
-        lines.append(
-            f"Of the regressions {nearest} has the least kernel distance, {blurred} the least "
-            f"power at high frequencies, {closest} the least error of latents."
+        near, scored, blurred, closest = (
+            min(found, key=lambda arm, key=key: mean(results, arm, key))
+            for key in ("kernel", "scorer", "detail", "latent_error")
         )
-    seeds = results.seeds(FULL, ON)
-    if len(seeds) > 1:
-        columns = [results.column(arm, "kernel", seeds) for arm in (FULL, ON)]
-        difference = paired_difference(*columns)
-        word = "less" if difference.high < 0 else "more" if difference.low > 0 else "undecided"
         lines.append(
-            f"Against as many steps of regression more, the whole method's kernel distance is "
-            f"{word}: {interval_text(difference, '.4f')}."
+            f"Of the regressions {near} has the least kernel distance by the feature network, "
+            f"{scored} by the scorer, {blurred} the least power at high frequencies, {closest} the "
+            "least error of latents."
         )
+    for arm in (FULL, DMD, MATCHED):
+        if len(results.seeds(arm, ON)) > 1:
+            told = " and ".join(said(results, arm, measure) for measure in DISTANCES)
+            lines.append(f"Against as many steps of regression more, {MEANING[arm]}: {told}.")
     return lines
 
 
-def teachers(results: Results) -> list[str]:
-    """The teacher's own numbers, as a sentence each."""
-    lines = []
-    for arm, name in ((TEACHER, "the teacher itself"), (BARE, "the teacher in one step")):
-        if (arm, 0) in results.values:
-            values = results.values[arm, 0]
-            told = [f"{m.label} {format(values[m.key], m.form)}" for m in MEASURES]
-            lines.append(f"For {name}: {', '.join(told)}.")
-    return lines
+def said(results: Results, arm: str, measure: Measure) -> str:
+    """Whether a distance of an arm is less than that of regression alone."""
+    columns = [results.column(name, measure.key, results.seeds(arm, ON)) for name in (arm, ON)]
+    found = paired_difference(*columns)
+    word = "less" if found.high < 0 else "more" if found.low > 0 else "undecided"
+    return f"{measure.label} {word}, {interval_text(found, measure.form)}"
 
 
 def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, Any]) -> str:
@@ -127,14 +141,16 @@ def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, An
         f"Measured on all captions with {scoring['noises']} noises each that no student has seen, "
         "beside the teacher's end points of the same noises. "
         f"Made on {', '.join(devices)}. "
-        f"t-intervals of differences, paired by seed. {SHADED_MEANING}",
+        "Kernel distances are to all pictures, in the features of the network that names concepts "
+        "and styles, and in those of the text-image scorer. Detail: power from half Nyquist on. "
+        "Detail and diversity (of a caption) are over the teacher's. t-intervals of differences at "
+        f"95 %, paired by seed. {SHADED_MEANING}",
         "",
-        *table(results, list(REGRESSIONS), BEST),
+        *table(results, [*TEACHERS, *REGRESSIONS], BEST),
         "",
-        *table(results, list(LADDER), ON),
+        *table(results, [*LADDER, DMD, MATCHED], ON),
         "",
         *verdicts(results),
-        *teachers(results),
         "",
         f"The figure: the teacher in {pairs['steps']} steps, then students in one, from the same "
         "noises.",
@@ -145,16 +161,22 @@ def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, An
         "",
         "Arms of one seed:",
         "",
-        *table(results, list(VARIANTS), FULL),
+        *table(results, [arm for arm in VARIANTS if arm not in (DMD, MATCHED)], FULL),
     ]
     steps = list(LADDER)
-    contrasts = [(BEST, MSE), (FULL, ON), *zip(steps[1:], steps[:-1], strict=True)]
+    contrasts = [
+        (BEST, MSE),
+        (FULL, ON),
+        (DMD, ON),
+        (MATCHED, ON),
+        *zip(steps[1:], steps[:-1], strict=True),
+    ]
     for arm, baseline in contrasts:
         lines += ["", *contrast_table(results, arm, baseline, MEASURES)]
     return "\n".join(lines)
 
 
-SHOWN = (TEACHER, MSE, BEST, FULL)
+SHOWN = (TEACHER, MSE, BEST, FULL, DMD)
 
 
 def draw(results: Results, figure: Figure) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diffkit.models.feature_network import FeatureNetwork
+from diffkit.models.text_image_scorer import TextImageScorer
 from diffkit.objectives.collapse import within_prompt_diversity
 from runner.distances import caption_distance
-from runner.scores import SHADED, features_of
+from runner.scores import BATCH, SHADED, features_of
 
-__all__ = ["SHADED_MEANING", "Asked", "Judge"]
+__all__ = ["SHADED_MEANING", "Asked", "Distances", "Judge", "scorer_features"]
 
 SHADED_MEANING = (
     "The feature network takes means of pictures for those of the one shaded style, of which a "
@@ -33,46 +35,90 @@ class Asked:
     style: str | None = None
 
 
+Embedding = Callable[[Tensor], Tensor]
+"""Features (n, d) of pictures (n, 3, H, W) in [-1, 1]."""
+
+
+class Distances:
+    """Kernel distances of samples, n of each of P captions, in the features of one network.
+
+    Arguments:
+        embedding: the features.
+        asked: what each of the P captions asks for.
+        real: pictures (m, 3, H, W) that the teacher was trained on.
+        taught: pictures (P, k, 3, H, W) that the teacher makes of the captions, from other noises.
+        prefix: of the names.
+    """
+
+    def __init__(
+        self,
+        embedding: Embedding,
+        asked: Sequence[Asked],
+        real: Tensor,
+        taught: Tensor,
+        prefix: str = "kernel",
+    ) -> None:
+        self._embedding, self._prefix = embedding, prefix
+        self._looks = [row for row, one in enumerate(asked) if one.concept is None]
+        self._real = embedding(real)[None]
+        self._taught = self._rows(taught)
+
+    def _rows(self, images: Tensor) -> Tensor:
+        return self._embedding(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def of(self, images: Tensor) -> dict[str, float]:
+        """`caption_distance` of pictures (P, n, 3, H, W) by name.
+
+        `kernel`: to all real pictures. `kernel_taught`: to the teacher's. `kernel_looks`: the same
+        of the captions that name a style, one at least.
+        """
+        drawn, taught, looks = self._rows(images), self._taught, self._looks
+        return {
+            self._prefix: caption_distance(drawn, self._real),
+            f"{self._prefix}_taught": caption_distance(drawn, taught),
+            f"{self._prefix}_looks": caption_distance(drawn[looks], taught[looks]),
+        }
+
+
+@torch.no_grad()
+def scorer_features(scorer: TextImageScorer, images: Tensor) -> Tensor:
+    """Embeddings (n, d) of images (n, 3, H, W) in [-1, 1], scaled to a mean square of 1.
+
+    With them the kernel distance is what CMMD is with CLIP: of a network that was trained on
+    captions, to which fine texture matters less than to a classifier of styles.
+    """
+    rows = torch.cat([scorer.embed_images(part) for part in images.split(BATCH)])
+    return rows * rows.shape[1] ** 0.5
+
+
 class Judge:
     """Measures samples: n of each of P captions, with the same leading dimensions (P, n).
 
     Arguments:
         network: features, and the gates' classifier.
         asked: what each of the P captions asks for.
-        real: pictures (m, 3, H, W) that the teacher was trained on.
-        taught: pictures (P, k, 3, H, W) that the teacher makes of the captions, from other noises.
+        real, taught: see `Distances`.
     """
 
     def __init__(
         self, network: FeatureNetwork, asked: Sequence[Asked], real: Tensor, taught: Tensor
     ) -> None:
         self.network, self.asked = network, list(asked)
-        self._real = features_of(network, real)[None]
-        self._taught = self._features(taught)
-        self._looks = [row for row, one in enumerate(self.asked) if one.concept is None]
-
-    def _features(self, images: Tensor) -> Tensor:
-        rows = features_of(self.network, images.flatten(0, 1))
-        return rows.unflatten(0, images.shape[:2])
+        self._distances = Distances(partial(features_of, network), asked, real, taught)
 
     @torch.no_grad()
     def scores(self, latents: Tensor, images: Tensor) -> dict[str, float]:
         """The numbers of latents (P, n, C, h, w) and their decoded pictures (P, n, 3, H, W).
 
-        `kernel`, `kernel_taught`: `caption_distance` of the features to those of all real pictures
-        and to those of the teacher's; `kernel_looks`: the latter of the captions that name a style,
-        one at least. `concept`, `style`: parts of those samples whose caption names one, in which
-        the classifier finds it among all that are asked for. `shaded`: the part of those that name
-        no style which it takes for the shaded one. `diversity`: how much latents of one caption
-        differ.
+        Those of `Distances`. `concept`, `style`: parts of those samples whose caption names one,
+        in which the classifier finds it among all that are asked for. `shaded`: the part of those
+        that name no style which it takes for the shaded one. `diversity`: how much latents of one
+        caption differ.
         """
-        drawn = self._features(images)
         logits = self.network.classify(images.flatten(0, 1))
         by_caption = {kind: x.unflatten(0, images.shape[:2]) for kind, x in logits.items()}
         return {
-            "kernel": caption_distance(drawn, self._real),
-            "kernel_taught": caption_distance(drawn, self._taught),
-            "kernel_looks": caption_distance(drawn[self._looks], self._taught[self._looks]),
+            **self._distances.of(images),
             "concept": self._told("concept", by_caption["concept"]),
             "style": self._told("style", by_caption["style"]),
             "shaded": self._shaded(by_caption["style"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from diffkit.data.trajectories import TrajectoryBatch
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
+from diffkit.models.text_image_scorer import TextImageScorer
 from diffkit.objectives.collapse import within_prompt_diversity
 from diffkit.perceptual.unit_distance import unit_distance
-from runner.judge import Asked, Judge
+from runner.judge import Asked, Distances, Judge, scorer_features
 from runner.scores import BATCH, detail
 
 __all__ = ["Comparison", "decoded", "encoded_strip", "few_step_latents", "strip"]
@@ -61,6 +63,7 @@ class Comparison:
         data: folder of the pictures that the teacher was trained on.
         model: any with the teacher's autoencoder.
         network: features, and the gates' classifier.
+        scorer: features of other kind.
     """
 
     def __init__(
@@ -71,23 +74,27 @@ class Comparison:
         data: Path,
         model: LatentDiffusion,
         network: FeatureNetwork,
+        scorer: TextImageScorer,
     ) -> None:
         self.held, self.network = held, network
         self._captions = len(asked)
-        known = self._by_caption(decoded(model, taught))
-        self._judge = Judge(network, asked, read_pictures(data)[0], known)
+        known = read_pictures(data)[0], self._by_caption(decoded(model, taught))
+        self._judge = Judge(network, asked, *known)
+        self._scorer = Distances(partial(scorer_features, scorer), asked, *known, "scorer")
         self.pictures = decoded(model, held.latents)
 
     @torch.no_grad()
     def scores(self, latents: Tensor, images: Tensor) -> dict[str, float]:
         """The numbers of latents (n, C, h, w), float32 on the CPU, and their decoded pictures.
 
-        Those of `Judge`, `diversity` over the teacher's. `detail`: power from half Nyquist on, over
+        Those of `Judge`, `diversity` over the teacher's, and the distances in the scorer's features
+        as `scorer`, `scorer_taught`, `scorer_looks`. `detail`: power from half Nyquist on, over
         the teacher's. `latent_error` and `perceptual`: mean squared distance of latents, and unit
         distance of the feature network's maps, summed over the maps, to the teacher's end point of
         the same noise.
         """
         found = self._judge.scores(self._by_caption(latents), self._by_caption(images))
+        found |= self._scorer.of(self._by_caption(images))
         teacher = float(within_prompt_diversity(self._by_caption(self.held.latents)))
         return {
             "n": len(images),
