@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 from diffkit.assets import path
 from gates import read_pictures
-from runner.judge import Asked, Judge
+from runner.judge import Asked, Distances, Judge, scorer_features
 from torch import Tensor
 
 from diffkit.models.feature_network import FeatureNetwork
+from diffkit.models.text_image_scorer import TextImageScorer
 
 STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
 
@@ -66,3 +68,16 @@ def test_blurred_pictures_are_taken_for_shaded_ones(
     assert blurred["shaded"] > own["shaded"]
     for distance in ("kernel", "kernel_taught", "kernel_looks"):
         assert blurred[distance] > own[distance] + 0.05
+
+
+def test_distances_by_the_scorer_have_the_size_of_the_others(known: tuple[Judge, Tensor]) -> None:
+    """Its unit vectors alone would leave a cubic kernel next to nothing to tell apart."""
+    judge, images = known
+    scorer = TextImageScorer.load(path("scorer"))
+    rows = scorer_features(scorer, images.flatten(0, 1))
+    assert float(rows.square().mean()) == pytest.approx(1, rel=1e-5)
+    features = partial(scorer_features, scorer)
+    found = Distances(features, judge.asked, images.flatten(0, 1), images, "scorer").of(images)
+    assert set(found) == {"scorer", "scorer_taught", "scorer_looks"}
+    grey = Distances(features, judge.asked, images.flatten(0, 1), images, "scorer").of(0 * images)
+    assert all(grey[name] > found[name] + 1 for name in found)

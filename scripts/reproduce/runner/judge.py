@@ -18,10 +18,9 @@ from runner.scores import BATCH, SHADED, features_of
 __all__ = ["SHADED_MEANING", "Asked", "Distances", "Judge", "scorer_features"]
 
 SHADED_MEANING = (
-    "The feature network takes means of pictures for those of the one shaded style, of which a "
-    "quarter of all pictures are: of the latents of one concept in all four styles halfway to "
-    "their mean, half. So the share of samples that it takes for it tells how much they are such "
-    "means, and both kernel distances grow with it."
+    "The feature network takes blurred pictures, and means of several, for those of the one shaded "
+    "style, of which a quarter of all pictures are. So the share of samples that it takes for it "
+    "tells how much they are such means, and the kernel distances in its features grow with it."
 )
 """Said once in every report with that column."""
 
