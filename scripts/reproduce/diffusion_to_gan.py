@@ -125,6 +125,7 @@ def configuration(cell: Cell, pairs: Path, teacher: Path, start: Path) -> GanTra
         lr_schedule="warmup-stable-decay",
         decay_steps=settings["decay"],
         warmup_steps=settings["warmup_steps"],
+        beta1=settings.get("beta1", 0.9),
         max_grad_norm=settings["max_grad_norm"],
         ema=settings["ema"],
         cache_embeddings=True,

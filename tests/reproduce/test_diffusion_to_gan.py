@@ -64,7 +64,7 @@ def experiment(tmp_path: Path, data: Path) -> Experiment:
     arms = {}
     for arm, values in ARMS.items():
         gan = dict(values.get("gan", {}))
-        if gan and gan.get("discriminator") != "none" or arm == FULL:
+        if "warmup" in gan:
             gan["warmup"] = 1
         arms[arm] = {**values, **({"gan": gan, **few} if "gan" in values else {})}
     twice = 2 * len(trained_captions(asked_of(data)))

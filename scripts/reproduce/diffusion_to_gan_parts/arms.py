@@ -32,7 +32,7 @@ BEST = "E-LatentLPIPS"
 MSE, HUBER, PLAIN_METRIC, LPL = "MSE", "pseudo-Huber", "LatentLPIPS", "decoder features"
 ON, FULL, DMD, MATCHED = "regression on", "full", "full, DMD2", "DMD2 alone"
 ALONE: dict[str, Any] = {"discriminator": "none"}
-WARMED: dict[str, Any] = {"warmup": 40}
+WARMED: dict[str, Any] = {"warmup": 80, "loss": "relativistic", "weight": 0.03, "rate": 8.0}
 BARELY: dict[str, Any] = {"noise_input": False, "multiscale": False, "mismatch": 0.0, "r1": "none"}
 JUDGED: dict[str, Any] = WARMED | BARELY
 SCALES: dict[str, Any] = {**JUDGED, "noise_input": True, "multiscale": True}
@@ -60,12 +60,12 @@ LADDER: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "approximated R1": {"gan": {**WHOLE, "r1": "approximate"}},
     DMD: {"gan": {**WHOLE, "dmd": True}, "dmd": {"updates": 2}},
-    MATCHED: {"gan": {**ALONE, "dmd": True}, "dmd": {"updates": 2}},
+    MATCHED: {"gan": {**ALONE, "dmd": True, "warmup": 80}, "dmd": {"updates": 2}},
     "on MSE": {"gan": {**WHOLE, "regression": "mse"}, "start": MSE},
 }
 FIRST: dict[str, Any] = {"steps": 1500, "decay": 300, "batch_size": 16, "learning_rate": 2e-4}
-SECOND: dict[str, Any] = {"steps": 320, "decay": 160, "batch_size": 8, "learning_rate": 3e-5}
-SECOND |= {"start": BEST, "first": FIRST}
+SECOND: dict[str, Any] = {"steps": 320, "decay": 120, "batch_size": 8, "learning_rate": 5e-5}
+SECOND |= {"beta1": 0.0, "start": BEST, "first": FIRST}
 ARMS: dict[str, dict[str, Any]] = {
     **TEACHERS,
     **REGRESSIONS,
