@@ -112,7 +112,7 @@ def pairs_of(
 def configuration(cell: Cell, pairs: Path, teacher: Path, start: Path) -> GanTraining:
     """The training of a cell, from the model in `start`."""
     settings, gan = cell.settings, dict(cell.settings["gan"])
-    if start != teacher and gan.get("discriminator") != "none":
+    if start != teacher and (gan.get("discriminator") != "none" or gan.get("dmd")):
         gan["teacher"] = str(teacher)
     return GanTraining(
         data=str(pairs),

@@ -86,8 +86,8 @@ def test_every_arm_is_a_configuration(tmp_path: Path) -> None:
         cell = EXPERIMENT.cell(arm, 0)
         config = diffusion_to_gan.configuration(cell, tmp_path, EMBEDDED, start)
         config.check()
-        opposed = config.gan.discriminator != "none"
-        assert (config.gan.teacher is not None) == (opposed and "start" in values)
+        others = config.gan.discriminator != "none" or config.gan.dmd
+        assert (config.gan.teacher is not None) == (others and "start" in values)
     assert set(MEANING) | set(TEACHERS) == set(ARMS)
     assert all(values.get("start") in (None, BEST, MSE) for values in ARMS.values())
 
