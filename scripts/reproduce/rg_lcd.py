@@ -89,6 +89,7 @@ SCORING: dict[str, Any] = {
     "teacher_steps": [1, 2, 4, 10, 20],
     "endpoint_steps": 20,
     "reference_seed": 1000,
+    "features": ["features", "scorer"],
 }
 LAST = 100
 """Steps at the end of a run over which the proxy's accuracy is averaged."""

@@ -158,8 +158,8 @@ def known() -> Results:
 
 def test_report_of_numbers_by_hand() -> None:
     told = rg_lcd.EXPERIMENT.text(known())
-    assert "| 1 | 1 | x 0.25 [0.25, 0.25] |" in told  # 0.1 / 0.4
-    assert "| 4 | 10 | x 0.625 [0.625, 0.625] |" in told  # (0.1 / 4) / (0.4 / 10)
+    assert "| 1 | 1 | x 0.25 [0.25, 0.25] | x 1 [1, 1] |" in told  # 0.1 / 0.4
+    assert "| 4 | 10 | x 0.625 [0.625, 0.625] |  | x 1 [1, 1] |  |" in told  # (0.1/4) / (0.4/10)
     assert "reward(direct) > reward(proxy), 1 step(s): +0.1001" in told
     assert told.count("shown.") == 6 and "proxy 60.0% and 80.0%, 60.0%" in told
     assert "| two segments | " in told and "Made on cpu." in told

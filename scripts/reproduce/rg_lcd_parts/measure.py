@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffkit.assets import path
 from runner.inputs import FEATURES
-from runner.judge import Asked, Judge
+from runner.judge import Asked, Distances, Judge, scorer_features
 from runner.open_captions import asked_of
 from runner.scores import detail
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from diffkit.models.feature_network import FeatureNetwork
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
+from diffkit.models.text_image_scorer import TextImageScorer
 from diffkit.randomness import normal
 from diffkit.rewards.spec import load_reward
 
@@ -25,8 +27,11 @@ __all__ = ["POOLED", "Judges", "Prompts", "Sampler"]
 POOLED = "embedded@16"
 """The embedded scorer of pictures averaged down to 16x16."""
 
-SEEN = ("kernel", "kernel_taught", "concept", "shaded", "diversity")
-"""What is told of a `Judge`'s scores."""
+SEEN = (
+    *("kernel", "kernel_taught", "scorer", "scorer_taught"),
+    *("concept", "shaded", "diversity"),
+)
+"""What is told of the scores of a `Judge`, and of the distances in the scorer's features."""
 
 BATCH = 64
 
@@ -130,6 +135,9 @@ class Judges:
             name: load_reward(spec, device)
             for name, spec in (("reward", POOLED), ("reward_full", "embedded"))
         }
+        scorer = TextImageScorer.load(path("scorer")).to(device)
+        features = partial(scorer_features, scorer)
+        self.scorer = Distances(features, prompts.asked, *known, "scorer")
 
     @torch.no_grad()
     def score(self, latents: Tensor, images: Tensor) -> dict[str, float]:
@@ -138,8 +146,8 @@ class Judges:
         `endpoint`: mean squared distance of latents to the ends. `detail`: see `runner.scores`.
         `reward`, `reward_full`: mean rewards, of pooled and of whole pictures.
         """
-        grouped = (self.prompts.by_caption(x) for x in (latents, images))
-        seen = self.judge.scores(*grouped)
+        grouped = [self.prompts.by_caption(x) for x in (latents, images)]
+        seen = self.judge.scores(*grouped) | self.scorer.of(grouped[1])
         found = {name: seen[name] for name in SEEN}
         found["endpoint"] = float((latents - self.ends).square().mean())
         found["detail"] = detail(images)

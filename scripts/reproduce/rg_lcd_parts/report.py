@@ -45,6 +45,9 @@ class Kind:
 
 KERNEL = Kind("kernel", "kernel distance to the pictures", ".4f", ratio=True)
 TAUGHT = Kind("kernel_taught", "to the teacher's samples", ".4f", ratio=True)
+SCORER = Kind("scorer", "by the scorer: to the pictures", ".4f", ratio=True)
+SCORER_TAUGHT = Kind("scorer_taught", "to the teacher's samples", ".4f", ratio=True)
+DISTANCES = (KERNEL, TAUGHT, SCORER, SCORER_TAUGHT)
 REWARD = Kind("reward", "reward, pictures at 16x16", ".4f")
 DETAIL = Kind("detail", "power above half of Nyquist", ".3g", ratio=True)
 CONCEPT = Kind("concept", "concept, by the feature network", ".1%")
@@ -52,7 +55,7 @@ SHADED = Kind("shaded", "taken for the shaded style", ".1%")
 DIVERSITY = Kind("diversity", "diversity within a prompt", ".3f")
 END = Kind("endpoint", "squared distance to the teacher's endpoint", ".4f")
 REWARD_FULL = Kind("reward_full", "the same scorer at 64x64", ".4f")
-KINDS = (KERNEL, TAUGHT, REWARD, REWARD_FULL, CONCEPT, SHADED, DETAIL, DIVERSITY, END)
+KINDS = (*DISTANCES, REWARD, REWARD_FULL, CONCEPT, SHADED, DETAIL, DIVERSITY, END)
 
 
 def column(results: Results, arm: str, kind: Kind, steps: int, seeds: Sequence[int]) -> list[float]:
@@ -99,7 +102,7 @@ def mean(results: Results, arm: str, kind: Kind, steps: int) -> str:
 def curve_table(results: Results) -> Iterator[str]:
     """Kernel distance and distance to the endpoint by steps, teacher and students."""
     arms = [arm for arm in (TEACHER_ARM, LCD, LONG) if results.seeds(arm)]
-    kinds = (KERNEL, TAUGHT, END, DETAIL, SHADED)
+    kinds = (*DISTANCES, END, DETAIL, SHADED)
     yield "| arm | steps | " + " | ".join(kind.label for kind in kinds) + " |"
     yield "| --- | --- |" + " --- |" * len(kinds)
     for arm in arms:
@@ -113,21 +116,23 @@ PAIRS = ((1, 1), (2, 2), (4, 4), (4, 10), (4, 20))
 
 
 def distillation(results: Results) -> Iterator[str]:
-    """The student against its teacher, in both kernel distances."""
+    """The student against its teacher, in all kernel distances."""
     if not results.seeds(LCD, TEACHER_ARM):
         yield f"No seed has both {TEACHER_ARM} and {LCD} yet."
         return
     yield f"Kernel distances, {LCD} / teacher, 95 % interval:"
     yield ""
-    yield "| student's steps | teacher's | to the pictures | to the teacher's samples |"
-    yield "| --- | --- | --- | --- |"
+    heads = (KERNEL.label, TAUGHT.label, SCORER.label, SCORER_TAUGHT.label)
+    yield f"| student's steps | teacher's | {' | '.join(heads)} |"
+    yield "| --- | --- |" + " --- |" * len(heads)
     for ours, theirs in PAIRS:
         cells = []
-        for kind in (KERNEL, TAUGHT):
+        for kind in DISTANCES:
             found = contrast(results, (LCD, ours), (TEACHER_ARM, theirs), kind)
             assert found is not None
             # To samples like its own the teacher's distance is 0, with which nothing is compared.
-            cells.append(told(found, kind) if kind is KERNEL or ours == theirs else "")
+            compared = kind in (KERNEL, SCORER) or ours == theirs
+            cells.append(told(found, kind) if compared else "")
         yield f"| {ours} | {theirs} | {' | '.join(cells)} |"
 
 
@@ -182,7 +187,7 @@ def accuracy(results: Results) -> str:
 
 def ablation_table(results: Results) -> Iterator[str]:
     """One row an ablation, one seed: samples of 1, 2 and 4 steps as far as there are any."""
-    kinds = (KERNEL, TAUGHT, REWARD, DETAIL, DIVERSITY)
+    kinds = (KERNEL, SCORER, REWARD, DETAIL, DIVERSITY)
     yield "| arm | what | steps | " + " | ".join(kind.label for kind in kinds) + " |"
     yield "| --- | --- | --- |" + " --- |" * len(kinds)
     rows = [(LCD, "the defaults"), ("direct", "reward of 16x16, share 0.3"), *ABLATIONS.items()]
@@ -212,7 +217,8 @@ def text(results: Results, settings: Mapping[str, Any], long: int) -> str:
             f"after {long}), guidance drawn from {low:g} to {high:g} and told to "
             f"the student, sampled at {settings['told']:g}. Each measure is of "
             f"{known['n']} samples, all captions with the same noises for all arms of a seed; "
-            "kernel distance to all pictures with the embedded features. Intervals are t-intervals "
+            "kernel distance to all pictures with the embedded features, and in those of the "
+            "text-image scorer, which is the reward too. Intervals are t-intervals "
             "of differences paired by seed, of logarithms for ratios (x). "
             f"{SHADED_MEANING} Made on {devices}.",
             "",
