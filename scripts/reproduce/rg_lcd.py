@@ -157,13 +157,13 @@ def configuration(
 
 def endpoints(cell: Cell, teacher: Sampler, prompts: Prompts) -> Tensor:
     """Where the teacher's trajectories end, from the noises of the sampler's seed; made once."""
-    settings, scoring = cell.settings, cell.scoring
+    settings, steps = cell.settings, cell.scoring["endpoint_steps"]
     known = [settings[key] for key in ("data", "teacher", "told", "assets")]
-    chosen = digest([known, scoring, teacher.seed, len(prompts.captions)])
+    chosen = digest([known, steps, teacher.seed, prompts.captions])
     path = cell.work.parent / f"endpoints-{chosen}.safetensors"
     with claim(path, wait=True):
         if not path.exists():
-            made = teacher.latents(prompts.captions, scoring["endpoint_steps"])
+            made = teacher.latents(prompts.captions, steps)
             with atomic_write(path) as file:
                 file.write(save({"latents": made.cpu()}))
     return load(path.read_bytes())["latents"]
