@@ -56,10 +56,10 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ multi-scale": {"gan": SCALES},
     "+ mix-and-match": {"gan": {**WHOLE, "r1": "none"}},
     FULL: {"gan": WHOLE},
+    DMD: {"gan": {**WHOLE, "dmd": True}, "dmd": {"updates": 2}},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "approximated R1": {"gan": {**WHOLE, "r1": "approximate"}},
-    DMD: {"gan": {**WHOLE, "dmd": True}, "dmd": {"updates": 2}},
     MATCHED: {"gan": {**ALONE, "dmd": True, "warmup": 80}, "dmd": {"updates": 2}},
     "on MSE": {"gan": {**WHOLE, "regression": "mse"}, "start": MSE},
 }

@@ -148,7 +148,7 @@ def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, An
         "",
         *table(results, [*TEACHERS, *REGRESSIONS], BEST),
         "",
-        *table(results, [*LADDER, DMD, MATCHED], ON),
+        *table(results, [*LADDER, MATCHED], ON),
         "",
         *verdicts(results),
         "",
@@ -161,7 +161,7 @@ def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, An
         "",
         "Arms of one seed:",
         "",
-        *table(results, [arm for arm in VARIANTS if arm not in (DMD, MATCHED)], FULL),
+        *table(results, [arm for arm in VARIANTS if arm != MATCHED], FULL),
     ]
     steps = list(LADDER)
     contrasts = [
