@@ -180,8 +180,13 @@ def make(cell: Cell, data: Path, teacher: Path, experiment: Experiment) -> dict[
     if trains:
         values |= logged(read_jsonl(cell.work / "run" / "metrics.jsonl"))
     if cell.seed == 0:
-        values["pictures"] = encoded_strip(images[: cell.scoring["shown"]])
+        values["pictures"] = encoded_strip(images[spread(len(asked), cell.scoring["shown"])])
     return values
+
+
+def spread(count: int, chosen: int) -> list[int]:
+    """That many of `count` places, from the first to the last: concepts and looks."""
+    return [round(i * (count - 1) / (chosen - 1)) for i in range(chosen)]
 
 
 def run(cell: Cell) -> dict[str, Any]:

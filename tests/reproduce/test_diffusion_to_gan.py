@@ -11,7 +11,7 @@ import diffusion_to_gan
 import pytest
 import torch
 from diffkit.assets import path
-from diffusion_to_gan import EXPERIMENT, asked_of, trained_captions
+from diffusion_to_gan import EXPERIMENT, asked_of, spread, trained_captions
 from diffusion_to_gan_parts.arms import (
     ALONE,
     ARMS,
@@ -147,6 +147,11 @@ def test_strips_of_pictures_survive_their_text() -> None:
     expected = torch.tensor([[255, 0, 0], [0, 255, 128]])
     found = torch.tensor(pixels[8, [8, 24]].astype(int))
     assert (found - expected).abs().max() < 12
+
+
+def test_the_pictures_shown_are_of_all_kinds() -> None:
+    assert spread(96, 2) == [0, 95] and spread(96, 12)[:3] == [0, 9, 17]
+    assert len(set(spread(96, 12))) == 12
 
 
 @pytest.mark.slow
