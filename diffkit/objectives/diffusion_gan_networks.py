@@ -131,6 +131,7 @@ class Accuracy:
             warn(
                 f"gan: the discriminator tells {accuracy:.0%} of true and generated latents apart, "
                 "no more than chance, and its gradient is kept at a share of the first loss's, so "
-                "that the generator follows noise; try a longer --gan.warmup, a higher --gan.rate, "
-                "a lower --beta1 or learning rate, or --gan.loss relativistic."
+                "that the generator follows noise; try a fixed --gan.weight in its place, a longer "
+                "--gan.warmup, a higher --gan.rate, a lower --beta1 or learning rate, or "
+                "--gan.loss relativistic."
             )

@@ -51,7 +51,8 @@ def test_it_warns_of_a_discriminator_at_chance(
     for _ in range(200):
         method.stepped("discriminator", {"accuracy": torch.tensor(0.5)})
     method.inspect()
-    assert ("tells 50%" in capsys.readouterr().err) == warned
+    said = capsys.readouterr().err
+    assert ("tells 50%" in said) == ("a fixed --gan.weight" in said) == warned
 
 
 def test_pictures_are_watched_for_collapse(tiny_folder: Folder) -> None:
