@@ -48,11 +48,11 @@ SHORT = (
 
 MEASURES = (
     Measure("kernel", "kernel distance to the pictures", ".4f"),
-    Measure("kernel_taught", "to the teacher's samples", ".4f"),
-    Measure("kernel_looks", "to those of captions that name a style", ".4f"),
-    Measure("scorer", "kernel distance to the pictures, by the scorer", ".4f"),
-    Measure("scorer_taught", "to the teacher's samples", ".4f"),
-    Measure("scorer_looks", "to those of captions that name a style", ".4f"),
+    Measure("kernel_taught", "kernel distance to the teacher's samples", ".4f"),
+    Measure("kernel_looks", "of captions that name a style, to the teacher's", ".4f"),
+    Measure("scorer", "by the scorer: to the pictures", ".4f"),
+    Measure("scorer_taught", "by the scorer: to the teacher's samples", ".4f"),
+    Measure("scorer_looks", "by the scorer: of captions that name a style", ".4f"),
     Measure("concept", "concept, by the feature network", ".1%"),
     Measure("style", "style, by the feature network", ".1%"),
     Measure("shaded", "taken for the shaded style", ".1%"),
@@ -137,7 +137,8 @@ def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, An
         f"{pairs['count']} pairs of noise and end point of its DDIM sampler ({pairs['steps']} "
         f"steps, guidance {pairs['guidance']:g}): {settings['steps']} steps of "
         f"{settings['batch_size']} pairs by regression alone; then, from the {BEST} student of "
-        f"the same seed, {SECOND['steps']} steps of {SECOND['batch_size']} with a discriminator. "
+        f"the same seed, {SECOND['steps']} steps of {SECOND['batch_size']} more, with what each "
+        "arm adds. "
         f"Measured on all captions with {scoring['noises']} noises each that no student has seen, "
         "beside the teacher's end points of the same noises. "
         f"Made on {', '.join(devices)}. "

@@ -46,7 +46,7 @@ class Kind:
 KERNEL = Kind("kernel", "kernel distance to the pictures", ".4f", ratio=True)
 TAUGHT = Kind("kernel_taught", "to the teacher's samples", ".4f", ratio=True)
 SCORER = Kind("scorer", "by the scorer: to the pictures", ".4f", ratio=True)
-SCORER_TAUGHT = Kind("scorer_taught", "to the teacher's samples", ".4f", ratio=True)
+SCORER_TAUGHT = Kind("scorer_taught", "by the scorer: to the teacher's samples", ".4f", ratio=True)
 DISTANCES = (KERNEL, TAUGHT, SCORER, SCORER_TAUGHT)
 REWARD = Kind("reward", "reward, pictures at 16x16", ".4f")
 DETAIL = Kind("detail", "power above half of Nyquist", ".3g", ratio=True)

@@ -1,4 +1,4 @@
-"""What samples of fixed captions are worth, by the feature network."""
+"""What samples of fixed captions are worth, in the features of two networks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from runner.scores import BATCH, SHADED, features_of
 __all__ = ["SHADED_MEANING", "Asked", "Distances", "Judge", "scorer_features"]
 
 SHADED_MEANING = (
-    "The feature network takes blurred pictures, and means of several, for those of the one shaded "
-    "style, of which a quarter of all pictures are. So the share of samples that it takes for it "
-    "tells how much they are such means, and the kernel distances in its features grow with it."
+    "The feature network takes blurred pictures for those of the one shaded style, of which a "
+    "quarter of all pictures are; the share of samples that it takes for it tells of that, and "
+    "blur adds to the kernel distances in its features too."
 )
 """Said once in every report with that column."""
 
@@ -83,8 +83,7 @@ class Distances:
 def scorer_features(scorer: TextImageScorer, images: Tensor) -> Tensor:
     """Embeddings (n, d) of images (n, 3, H, W) in [-1, 1], scaled to a mean square of 1.
 
-    With them the kernel distance is what CMMD is with CLIP: of a network that was trained on
-    captions, to which fine texture matters less than to a classifier of styles.
+    A kernel distance of a network that was trained on captions, as CMMD is one with CLIP.
     """
     rows = torch.cat([scorer.embed_images(part) for part in images.split(BATCH)])
     return rows * rows.shape[1] ** 0.5
