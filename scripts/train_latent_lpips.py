@@ -51,7 +51,7 @@ def recognised(network: LatentClassifier, pictures: Pictures, codec: Codec) -> f
     """Of the k classes that a picture shows, how many are among its k likeliest: the mean share."""
     right = []
     rows = iter(pictures.present)
-    for images in pictures.batches(0, 0, 16):
+    for images in pictures.batches(1, 0, 16):
         logits = network(codec.encode(images.to(codec.device))).cpu()
         for scores, present in zip(logits, rows, strict=False):
             shown = int(present.sum())
@@ -181,11 +181,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     scores: dict[str, Any] = {"recognised": recognised(classifier, tested, codec)}
     scores |= judge(network, *spoilt(tested, codec, network, target, 640, args.seed + 1))
     scores |= {"seconds": round(time.monotonic() - clock), "heldout": tested is not pictures}
-    shift = getattr(codec.vae.config, "shift_factor", None)
+    scale, shift = codec.space()
     network.config.provenance.update(
         autoencoder=args.model if args.model == "embedded" else codec.fingerprint(),
-        scaling=float(getattr(codec.vae.config, "scaling_factor", 1.0)),
-        shift=float(shift or 0.0),
+        scale=scale,
+        shift=shift,
         data=args.data.name,
         pictures=len(pictures),
         classes=len(pictures.classes),

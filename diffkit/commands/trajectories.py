@@ -147,6 +147,7 @@ def _make(config: TrajectoriesConfig) -> int:
 
 def _verify(config: TrajectoriesConfig, count: int) -> int:
     from diffkit.data.trajectory_store import read_header, read_prompt_rows
+    from diffkit.generation.engine import choose_device
     from diffkit.generation.run import Processes
     from diffkit.generation.trajectory_verify import teacher_of, verify_pairs
 
@@ -154,6 +155,11 @@ def _verify(config: TrajectoriesConfig, count: int) -> int:
     header = read_header(config.output)
     prompts = read_prompt_rows(config.output, header)
     source = header.model if config.model == _default("model") else config.model
+    if header.dtype == "fp16" and choose_device(config.device) == "cpu":
+        raise UserError(
+            f"{config.output}: its pairs were made in fp16, which a CPU does not compute with; "
+            "verify them with --device cuda."
+        )
     model = _open(config, source, header.dtype, Processes())
     found = verify_pairs(teacher_of(config.output, header, prompts, model), config.output, count)
     verdict = "equal up to rounding" if found.passed else "NOT those of their seeds"

@@ -228,7 +228,7 @@ class Stamp:
         stop: the pair after its last one.
         pairs: number of pairs, without those that were not finite.
         batch_size: pairs that were sampled at once, counted from the shard's first one.
-        device: kind of the machine, such as cpu or cuda.
+        device: on which they were made: cpu, or the name of a GPU.
         checksum: of its tensors.
     """
 

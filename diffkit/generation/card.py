@@ -17,8 +17,9 @@ from diffkit.models.loading import is_hub_id, resolve
 
 if TYPE_CHECKING:
     from diffkit.models.families import Family
+    from diffkit.models.latent_diffusion import LatentDiffusion
 
-__all__ = ["Card", "add_to_card", "read_card"]
+__all__ = ["Card", "add_to_card", "is_student", "read_card"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Card:
         guidance_scale: diffusers' convention; None leaves it to the model family.
         steps: of its own scheduler; None leaves them to the model family.
         example_prompts: captions that it can draw, for the demo page.
+        distilled: it is a few-step student, which is nobody's teacher.
     """
 
     guidance_scale: float | None = None
     steps: int | None = None
     example_prompts: tuple[str, ...] = ()
+    distilled: bool = False
 
     def guidance(self, usual: float) -> float:
         """The card's guidance scale, else `usual`, the model family's."""
@@ -67,6 +70,13 @@ def read_card(source: str, revision: str | None = None) -> Card:
         raise UserError(f"{path}: unknown key {unknown[0]!r}. Known: {', '.join(known)}.")
     values["example_prompts"] = tuple(values.get("example_prompts", ()))
     return Card(**values)
+
+
+def is_student(model: LatentDiffusion) -> bool:
+    """Whether a model was distilled to few steps: by its scheduler, or by its card where that is
+    a stock one (one-step students of flows, and those that go from edge to edge by DDIM)."""
+    card = read_card(model.source, model.revision) if model.source else Card()
+    return model.schedule.consistency or card.distilled
 
 
 def add_to_card(folder: Path, values: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ from diffkit.data.trajectory_store import (
 )
 from diffkit.errors import RunFailed, UserError
 from diffkit.files import TEMPORARY_PREFIX, check_writable
-from diffkit.generation.card import read_card
+from diffkit.generation.card import is_student, read_card
 from diffkit.generation.engine import DTYPES, size_rule, weights_digest
 from diffkit.generation.pictures import Size
 from diffkit.generation.run import Processes
@@ -54,6 +54,7 @@ __all__ = [
     "check_folder",
     "check_place",
     "header_of",
+    "machine",
     "make_pairs",
     "prepare",
     "whole_shard",
@@ -78,17 +79,20 @@ def header_of(
     Raises `UserError` for a size that the model does not make, a number of steps that its schedule
     does not have, guidance that it cannot have, and a model whose own sampler draws noise.
     """
-    if model.schedule.consistency:
+    if is_student(model):
         raise UserError(
-            f"{model.source}: was distilled to few steps, between which its sampler draws noise; "
-            "give the teacher that it was made from."
+            f"{model.source}: was distilled to few steps, and is no teacher of others; give the "
+            "model that it was made from."
         )
     card = read_card(model.source, model.revision)
     steps = steps or card.step_count(model.family.steps)
     if guidance is None:
         guidance = card.guidance(model.family.guidance_scale)
-    if guidance > 1 and not model.family.takes_guidance:
-        model.family.require("cfg")
+    if not model.family.takes_guidance:
+        if guidance > 1:
+            model.family.require("cfg")
+        elif 0 < guidance < 1:
+            raise UserError(f"guidance: {guidance:g} is none; 1 is no guidance, above it is some.")
     rule = size_rule(model)
     size = size or rule.native
     rule.check(size)
@@ -132,10 +136,7 @@ class Teacher:
 
     @torch.no_grad()
     def end_points(self, indices: Sequence[int]) -> Tensor:
-        """x (B, C, h, w) of these pairs, float32 on the CPU; all in one batch.
-
-        Raises `RunFailed` when they do not fit in memory.
-        """
+        """x (B, C, h, w) of these pairs, float32 on the CPU; all in one batch."""
         model, header = self.model, self.header
         conditioner, device = model.conditioner, model.device
         prompts = [self.prompts[i % len(self.prompts)] for i in indices]
@@ -147,21 +148,15 @@ class Teacher:
         told = model.family.takes_guidance
         guided = header.guidance > 1 and not told
         uncond = conditioner.null(len(prompts), header.size).to(device) if guided else None
-        try:
-            found = sample(
-                model.denoiser,
-                trajectory_noise(header, indices).to(device),
-                cond.to(device),
-                uncond,
-                steps=header.steps,
-                guidance_scale=header.guidance if told or guided else 1.0,
-                shown=False,
-            )
-        except torch.OutOfMemoryError as error:
-            raise RunFailed(
-                f"out of memory with {len(prompts)} pairs at once; use a smaller --batch-size, or "
-                "--dtype bf16. Finished shards are kept."
-            ) from error
+        found = sample(
+            model.denoiser,
+            trajectory_noise(header, indices).to(device),
+            cond.to(device),
+            uncond,
+            steps=header.steps,
+            guidance_scale=header.guidance if told or guided else 1.0,
+            shown=False,
+        )
         return found.float().cpu()
 
 
@@ -286,14 +281,29 @@ def _work(
             rows = header.rows(number)
             parts = []
             for start in rows[::batch_size]:
-                parts.append(teacher.end_points(rows[start - rows.start :][:batch_size]).half())
+                parts.append(_end_points(teacher, rows[start - rows.start :][:batch_size]))
                 yield len(parts[-1])
             latents, indices = torch.cat(parts), torch.tensor(rows)
             finite = latents.isfinite().flatten(1).all(1)
-            kind, kept = teacher.model.device.type, int(finite.sum())
+            kind, kept = machine(teacher.model.device), int(finite.sum())
             stamp = Stamp(header.digest(), rows.stop, kept, batch_size, kind, "")
             shard = Shard(latents[finite], indices[finite])
             write_shard(shard_path(folder, number), shard, stamp)
+
+
+def _end_points(teacher: Teacher, indices: Sequence[int]) -> Tensor:
+    try:
+        return teacher.end_points(indices).half()
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            f"out of memory with {len(indices)} pairs at once; use a smaller --batch-size, or "
+            "--dtype bf16. Finished shards are kept."
+        ) from error
+
+
+def machine(device: torch.device) -> str:
+    """The kind of a device, by which the last bits of its arithmetic go: a GPU's name, cpu, mps."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextlib.contextmanager

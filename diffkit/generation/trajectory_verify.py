@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from diffkit.data.trajectory_store import (
     Header,
@@ -17,7 +21,7 @@ from diffkit.data.trajectory_store import (
 )
 from diffkit.errors import RunFailed, UserError
 from diffkit.generation.pictures import Size
-from diffkit.generation.trajectories import Teacher, header_of, whole_shard
+from diffkit.generation.trajectories import Teacher, header_of, machine, whole_shard
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.randomness import permutation
 
@@ -32,7 +36,7 @@ class Verified:
         checked: number of pairs.
         identical: how many are equal bit by bit.
         largest: the largest |anew - stored| / |stored| of a pair.
-        allowed: what rounding explains: 1e-3 in float32 on the kind of machine where the pairs
+        allowed: what rounding explains: 1e-3 in float32 on the kind of device where the pairs
             were made, 0.02 on another one, 0.1 in half precision.
     """
 
@@ -50,8 +54,8 @@ class Verified:
 def verify_pairs(teacher: Teacher, folder: Path, count: int) -> Verified:
     """Make `count` stored pairs anew, chosen by the seed, each in the batch that it was made in.
 
-    Raises `UserError` for a folder without whole shards, and `RunFailed` naming a shard whose bits
-    were changed.
+    One that is not finite now is as far away as can be. Raises `UserError` for a folder without
+    whole shards, and `RunFailed` naming a shard whose bits were changed, or out of memory.
     """
     header = teacher.header
     there = [k for k in range(header.shards) if whole_shard(folder, header, k)]
@@ -70,12 +74,23 @@ def verify_pairs(teacher: Teacher, folder: Path, count: int) -> Verified:
         stored = shard.latents[places.index(index)].float()
         start = row - row % stamp.batch_size
         batch = header.rows(number)[start : start + stamp.batch_size]
-        anew = teacher.end_points(batch)[row - start].half().float()
+        anew = _anew(teacher, batch)[row - start].half().float()
         checked += 1
         identical += bool(anew.equal(stored))
-        largest = max(largest, float((anew - stored).norm() / stored.norm()))
-        allowed = max(allowed, _allowed(header, stamp, teacher.model.device.type))
+        apart = float((anew - stored).norm() / stored.norm())
+        largest = max(largest, apart if math.isfinite(apart) else math.inf)
+        allowed = max(allowed, _allowed(header, stamp, machine(teacher.model.device)))
     return Verified(checked, identical, largest, allowed)
+
+
+def _anew(teacher: Teacher, batch: Sequence[int]) -> Tensor:
+    try:
+        return teacher.end_points(batch)
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            f"out of memory with {len(batch)} pairs at once, as they were made; verify them on a "
+            "device with as much memory as that one, or with --device cpu."
+        ) from error
 
 
 def _stored(folder: Path, number: int) -> tuple[Stamp, Shard]:

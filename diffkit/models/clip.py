@@ -120,8 +120,12 @@ def load_clip(spec: str, device: torch.device, dtype: torch.dtype = torch.float3
 def _fetched(open_clip: Any, arch: str, tag: str) -> Any:
     source = open_clip.get_pretrained_cfg(arch, tag)
     say(f"open_clip: weights {tag} of {arch} from {source.get('hf_hub') or source.get('url')}")
+    # open_clip only warns of weights that were trained with another GELU than it builds.
+    quick = bool(source.get("quick_gelu", False))
     try:
-        return open_clip.create_model(arch, pretrained=tag, require_pretrained=True)
+        return open_clip.create_model(
+            arch, pretrained=tag, require_pretrained=True, force_quick_gelu=quick
+        )
     except Exception as error:  # hub, network and file errors of several libraries
         raise UserError(
             f"clip:{arch}:{tag}: its weights could not be fetched ({_first_line(error)}). "

@@ -12,6 +12,7 @@ weights.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -100,6 +101,21 @@ class Codec:
             scale = (scale / torch.tensor(std)).view(1, -1, 1, 1)
             shift = torch.tensor(mean).view(1, -1, 1, 1)
         return shift.to(like), scale.to(like)
+
+    def space(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(scale, shift) of `affine` as numbers, one or one a channel: what sets scaled latents of
+        equally many channels apart."""
+        shift, scale = self.affine(torch.zeros(()))
+        return tuple(scale.flatten().tolist()), tuple(shift.flatten().tolist())
+
+    def has_space(self, scale: Sequence[float], shift: Sequence[float]) -> bool:
+        """Whether `space` is this one, up to rounding."""
+        own = tuple(zip(self.space(), (scale, shift), strict=True))
+        return all(
+            len(a) == len(b)
+            and all(math.isclose(x, y, rel_tol=1e-4) for x, y in zip(a, b, strict=True))
+            for a, b in own
+        )
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

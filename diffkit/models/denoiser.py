@@ -86,6 +86,13 @@ class Denoiser(nn.Module):
         """What latents the network takes."""
         return self.family.geometry(self.model)
 
+    @property
+    def multiple(self) -> int:
+        """Sides of latents at multiples of this pass through every level without padding or
+        cropping: the patch size, or for a U-Net all of its downsampling."""
+        blocks = self.model.config.get("down_block_types") or ("",)  # type: ignore[union-attr, operator]
+        return max(self.geometry.patch, 2 ** (len(blocks) - 1))
+
     def tokens(self, height: int, width: int) -> int:
         """Number of tokens of latents (B, C, height, width)."""
         patch = self.geometry.patch

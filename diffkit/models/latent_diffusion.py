@@ -173,8 +173,7 @@ class LatentDiffusion:
 
         The codec's factor times the patch size, or for a U-Net times all of its downsampling.
         """
-        blocks = self.denoiser.model.config.get("down_block_types") or ("",)  # type: ignore[union-attr, operator]
-        return self.codec.factor * max(self.denoiser.geometry.patch, 2 ** (len(blocks) - 1))
+        return self.codec.factor * self.denoiser.multiple
 
     @property
     def default_size(self) -> int:

@@ -92,7 +92,10 @@ def r1_penalty(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def approximate_r1(clean: Maps, noisy: Maps, sigma: float) -> Tensor:
-    """(D(x) - D(x + sigma n))^2 / sigma^2, (B,), n standard normal (Lin et al. 2025, 2501.08316).
+    """(D(x) - D(x + sigma n))^2 / sigma^2, (B,), n standard normal.
+
+    After Lin et al. 2025 (2501.08316), who do not divide: gamma / 2 here is their weight times
+    sigma^2, so that 100 at sigma = 0.01 is gamma = 0.02.
 
     To first order its mean over n is `r1_penalty`'s value, if D is one logit; the square is taken
     of every logit, so that of several it is at least the value of their mean. Both have a gradient.
@@ -104,15 +107,15 @@ def approximate_r1(clean: Maps, noisy: Maps, sigma: float) -> Tensor:
 def replaced_rows(keys: SampleKeys, places: Sequence[int], share: float, batch_size: int) -> Tensor:
     """Which rows of the fake batch get another pair's true latents, bool (B,), on the CPU.
 
-    round(share batch_size) of the global batch, at least 1 if share > 0; its order is random. With
-    a batch of one, it with probability `share`, by address.
+    round(share batch_size) of the global batch, at least 1 if share > 0 and never all of it; its
+    order is random. With a batch of one, it with probability `share`, by address.
 
     Arguments:
         places: of these rows in the global batch.
     """
     if batch_size == 1:
         return keys.uniform("mix and match") < share
-    count = max(round(share * batch_size), int(share > 0))
+    count = min(max(round(share * batch_size), int(share > 0)), batch_size - 1)
     return torch.tensor(list(places)) < count
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffkit.data.batch import Batch
 from diffkit.errors import UserError
-from diffkit.generation.card import add_to_card
+from diffkit.generation.card import add_to_card, is_student
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.consistency import Interval, SolverGrid, ddpm_grid, flow_grid, lcm_guidance
 from diffkit.models.few_step import (
@@ -73,7 +73,7 @@ def prepare_student(
     """
     resolved = config.resolve(model, lora)
     told = getattr(model.denoiser.model.config, "time_cond_proj_dim", None)
-    if model.schedule.consistency or told is not None:
+    if told is not None or is_student(model):
         raise UserError(
             "model: it was distilled to few steps already, and has no trajectories that a student "
             "could follow; give the model that it was made from."
@@ -277,22 +277,17 @@ class ConsistencyObjective(DenoisingObjective):
         """Write a plain diffusers folder with its usual guidance and steps, or the LoRA."""
         super().save(folder)
         if self.lora is None:
-            add_to_card(folder, self.consistency.sampling(self.model))
+            add_to_card(folder, {**self.consistency.sampling(self.model), "distilled": True})
 
 
 def _latent_lpips(config: ConsistencyConfig, model: LatentDiffusion) -> LatentLpips | None:
     """The network of the distance; `UserError` for one of other latents."""
     if config.distance != "e_latentlpips":
         return None
-    from diffkit.perceptual.latent_lpips_io import load_latent_lpips
+    from diffkit.perceptual.latent_lpips_io import check_latent_space, load_latent_lpips
 
     network = load_latent_lpips(config.latent_lpips)
-    if network.config.channels != model.codec.channels:
-        raise UserError(
-            f"lcd.latent_lpips: {config.latent_lpips} reads latents of {network.config.channels} "
-            f"channels, and this model's have {model.codec.channels}; give a network that was "
-            "trained for these."
-        )
+    check_latent_space(network, model.codec, f"lcd.latent_lpips: {config.latent_lpips}")
     return network
 
 

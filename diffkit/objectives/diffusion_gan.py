@@ -123,6 +123,8 @@ class DiffusionGanObjective(Objective):
         self._watch = DiversityWatch(model, config.diversity_every)
         self._device = torch.device("cpu")
         self._step = 0
+        # Of this step by micro-batch: repeats of a phase have the same prompts and pictures.
+        self._asked: dict[SampleKeys, tuple[Conditioning, Tensor]] = {}
 
     def _losses(self, teacher: Denoiser) -> dict[str, Loss]:
         """The generator's losses in the order of `loss_shares`; makes the players behind them."""
@@ -199,6 +201,7 @@ class DiffusionGanObjective(Objective):
         """Let the other networks in, and look at pictures, where that is due."""
         config = self.config
         self._step = step
+        self._asked.clear()
         self._generator.opposed = step >= config.start + config.warmup
         self._watch.look(step, self._made)
 
@@ -312,26 +315,31 @@ class DiffusionGanObjective(Objective):
 
     def shared(self, draws: GanDraws) -> GanMaterial:
         """True latents, prompts, and what the generator makes now, for the other networks."""
-        nothing = torch.zeros(0, device=self._device)
-        keep = torch.zeros(len(draws.batch), dtype=torch.bool, device=self._device)
-        if draws.posterior is None:
-            source = Draws(draws.batch, nothing, nothing, nothing, keep)
-            real = draws.batch.latents
-        else:
-            source = Draws(draws.batch, draws.posterior, draws.noise, nothing, keep)
-            real = self._base.latents(source)
-        cond = self._base.condition(source)
+        keys = draws.batch.keys
+        if keys not in self._asked:
+            self._asked[keys] = self._frozen(draws)
+        cond, real = self._asked[keys]
         t, eps = (None, None) if draws.judged is None else (draws.judged.t, draws.judged.eps)
         given, fake = Given(cond, draws.noise, t, eps), None
         if self._opposed and self._step >= self.config.start:
             fake = self._generator("generate", None, given)
         return GanMaterial(real, given, fake)
 
+    def _frozen(self, draws: GanDraws) -> tuple[Conditioning, Tensor]:
+        """Prompts and true latents of a micro-batch, from the text encoders and the autoencoder."""
+        nothing = torch.zeros(0, device=self._device)
+        keep = torch.zeros(len(draws.batch), dtype=torch.bool, device=self._device)
+        if draws.posterior is None:
+            source = Draws(draws.batch, nothing, nothing, nothing, keep)
+            return self._base.condition(source), draws.batch.latents
+        source = Draws(draws.batch, draws.posterior, draws.noise, nothing, keep)
+        return self._base.condition(source), self._base.latents(source)
+
     def save(self, folder: Path) -> None:
         """Write a plain diffusers folder whose card says one step, or the LoRA."""
         self._base.save(folder)
         if self._lora is None:
-            add_to_card(folder, self.config.sampling(self.model))
+            add_to_card(folder, {**self.config.sampling(self.model), "distilled": True})
 
 
 def _time(model: LatentDiffusion, config: GanConfig, lora: str | None) -> int:

@@ -19,6 +19,7 @@ Adversarial = Literal["non_saturating", "relativistic"]
 
 _SHARE = 0.25
 _DMD_SHARE = 1.0
+_DMD_GUIDANCE = {"Stable Diffusion XL": 8.0}
 _EVERY = {"exact": 16, "approximate": 1}
 _OF_R1 = ("gamma", "r1_every", "r1_sigma")
 _OF_UNET = ("noise_input", "multiscale")
@@ -52,7 +53,8 @@ class GanConfig:
     pictures: bool = False
     """The data are pictures with captions and not pairs of `diffkit trajectories`."""
     time: int | None = None
-    """Training time at which the generator is called; the last one by default."""
+    """Training time at which the generator is called; the last one by default. SDXL's eps is
+    unstable there: DMD2 calls it at 399, after some steps of regression."""
     loss: Adversarial = "non_saturating"
     """non_saturating: the discriminator calls each latent true or made. relativistic: it tells
     which of two is the true one, the teacher's and the generator's of the same noise, where those
@@ -75,10 +77,11 @@ class GanConfig:
     """Judge at every scale, from latents of every size, and not at the last one alone."""
     mismatch: float | None = None
     """Part of the generated latents that the discriminator is shown another pair's true ones for;
-    0.25 by default, 0 for pictures."""
+    0.25 by default, 0 for pictures, and where no prompt and no noise would tell them."""
     r1: R1 | None = None
     """Penalty of the discriminator's gradient at true latents: of one sample, by second
-    derivatives; approximately, by noise; or none. By default exact, approximate for pictures."""
+    derivatives; approximately, by noise; or none. By default exact for unet, whose attention then
+    keeps its float32 maps; approximate for ladd, a network of many tokens, and for pictures."""
     gamma: float = 0.1
     """Strength of the penalty, gamma / 2 |gradient|^2."""
     r1_every: int | None = None
@@ -114,8 +117,13 @@ class GanConfig:
             self._refuse(_OF_UNET, "they are for --gan.discriminator unet")
         if self.r1 == "none":
             self._refuse(_OF_R1, "there is no penalty")
-        if self.r1 == "exact" or (self.r1 is None and not self.pictures):
+        if self.r1 == "exact":
             self._refuse(("r1_sigma",), "it is for --gan.r1 approximate")
+
+    def exact_penalty(self) -> bool:
+        """Whether the discriminator needs second derivatives; of `unet` where it is left open."""
+        usual = not self.pictures and self.discriminator != "ladd"
+        return self.discriminator != "none" and (self.r1 == "exact" or (self.r1 is None and usual))
 
     def _check_ranges(self) -> None:
         for name in ("huber", "rate", "gamma", "r1_sigma", "r1_every", "share", "weight"):
@@ -173,19 +181,32 @@ class GanConfig:
                 raise UserError(f"gan.{changed[0]}: is for U-Nets with text; leave it out.")
         if kind == "ladd":
             model.family.require("taps")
-        r1 = self.r1 or ("approximate" if self.pictures else "exact")
-        mismatch = self.mismatch
-        if mismatch is None:
-            mismatch = 0.0 if self.pictures else 0.25
         told = kind == "unet" and not self.pictures
         if self.noise_input is not None:
             told = self.noise_input
-        every = self.r1_every or _EVERY.get(r1, 1)
-        named: dict[str, Any] = {"r1": r1, "mismatch": mismatch, "r1_every": every}
-        named["noise_input"] = told
+        named: dict[str, Any] = {"noise_input": told, "mismatch": self._mismatch(model, told)}
+        r1 = self.r1
+        if r1 is None:
+            r1 = "exact" if replace(self, discriminator=kind).exact_penalty() else "approximate"
+        if r1 == "exact":
+            self._refuse(("r1_sigma",), "it is for --gan.r1 approximate")
+        named |= {"r1": r1, "r1_every": self.r1_every or _EVERY.get(r1, 1)}
         time = _time(model) if self.time is None else self.time
         _check_time(model, time)
         return replace(self, discriminator=kind, time=time, **named)
+
+    def _mismatch(self, model: LatentDiffusion, told: bool) -> float:
+        """The part of mixed rows; `UserError` where nothing would tell them from true ones."""
+        classes = model.conditioner.classes
+        blind = not told and classes is not None and not classes.count
+        if blind and self.mismatch:
+            raise UserError(
+                "gan.mismatch: the discriminator is told neither a prompt nor the noise, so that "
+                "it would call true latents both true and made; leave it out."
+            )
+        if self.mismatch is None:
+            return 0.0 if blind or self.pictures else 0.25
+        return self.mismatch
 
 
 def _refuse(config: Any, section: str, names: tuple[str, ...], reason: str) -> None:
@@ -230,8 +251,8 @@ class DmdConfig:
     rate: float = 1.0
     """Its learning rate, in parts of the run's."""
     guidance: float | None = None
-    """Guidance scale of the teacher's score; 1.75 by default, 1 for a model without guidance and
-    for one that is told its scale."""
+    """Guidance scale of the teacher's score; by default DMD2's, 8 for SDXL and 1.75 for others, 1
+    for a model without guidance and for one that is told its scale."""
     low: float = 0.02
     """Noise levels are uniform from this part of the training times on,"""
     high: float = 0.98
@@ -266,7 +287,8 @@ class DmdConfig:
                 "leave it out."
             )
         if self.guidance is None:
-            return 1.75 if can and not model.family.takes_guidance else 1.0
+            usual = _DMD_GUIDANCE.get(model.family.name, 1.75)
+            return usual if can and not model.family.takes_guidance else 1.0
         return self.guidance
 
 

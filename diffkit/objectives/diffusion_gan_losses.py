@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkit.errors import UserError
 from diffkit.models.conditioner import Conditioning
 from diffkit.models.consistency import pseudo_huber
 from diffkit.models.denoiser import Denoiser
@@ -27,7 +26,7 @@ from diffkit.perceptual.decoded import check_decoder
 from diffkit.perceptual.decoder_features import FeatureLoss, latent_perceptual_loss
 from diffkit.perceptual.latent_augment import Augmentation, draw
 from diffkit.perceptual.latent_lpips import e_latentlpips
-from diffkit.perceptual.latent_lpips_io import load_latent_lpips
+from diffkit.perceptual.latent_lpips_io import check_latent_space, load_latent_lpips
 from diffkit.randomness import SampleKeys
 
 __all__ = ["Regressor", "TeacherScore", "adversarial_loss", "matching_loss"]
@@ -50,13 +49,8 @@ class Regressor:
             check_decoder(model.codec, model.family.name)
         if config.regression.endswith("latentlpips"):
             self.network = load_latent_lpips(config.latent_lpips)
-            needed, there = self.network.config.channels, model.codec.channels
-            if needed != there:
-                raise UserError(
-                    f"gan.latent_lpips: {config.latent_lpips} is for latents of {needed} channels, "
-                    f"and this model's have {there}; give a network that was trained for its "
-                    "autoencoder, or use --gan.regression lpl."
-                )
+            named = f"gan.latent_lpips: {config.latent_lpips}"
+            check_latent_space(self.network, model.codec, named)
         if config.regression == "e_latentlpips":
             own = self.network.config.augmentation
             self.kinds = own if config.augmentation is None else config.augmentation
@@ -119,13 +113,13 @@ class TeacherScore:
     """The teacher's clean estimate of noisy latents, with classifier-free guidance.
 
     Arguments:
-        denoiser: the teacher, frozen.
+        denoiser: the teacher, frozen; it is set to evaluation.
         scale: of guidance; 1 for none.
         told: what a network with a guidance embedding is told.
     """
 
     def __init__(self, denoiser: Denoiser, scale: float, told: float | None) -> None:
-        self.denoiser = denoiser
+        self.denoiser = denoiser.eval()
         self.scale = scale
         self.told = told
         self._null: Conditioning | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffkit.console import warn
 from diffkit.errors import UserError
+from diffkit.generation.card import is_student
 from diffkit.models.denoiser import Denoiser
 from diffkit.models.discriminators import (
     Discriminator,
@@ -37,21 +39,28 @@ def teacher_of(
 ) -> LatentDiffusion:
     """What the other networks start from; `UserError` for what cannot be that of this model."""
     if teacher is None:
-        if opposed and model.schedule.consistency:
+        if opposed and is_student(model):
             raise UserError(
                 "model: it is a few-step student already, and no teacher whose score or features "
                 "others could start from; name the model that it was made from with --gan.teacher."
             )
         return model
-    if teacher.schedule.consistency:
+    if is_student(teacher):
         raise UserError("gan.teacher: it is a few-step student; give the model it was made from.")
-    same = (teacher.family.name, teacher.codec.channels, teacher.schedule.kind)
-    if same != (model.family.name, model.codec.channels, model.schedule.kind):
+    if (theirs := _kind(teacher)) != (ours := _kind(model)):
         raise UserError(
-            f"gan.teacher: {teacher.family.name} with {teacher.codec.channels} channels is no "
-            f"teacher of this {model.family.name} with {model.codec.channels}."
+            f"gan.teacher: {theirs} is no teacher of {ours}: family, schedule, channels of latents "
+            "and width of the text's embeddings must be the same."
         )
     return teacher
+
+
+def _kind(model: LatentDiffusion) -> tuple[Any, ...]:
+    """What two models must have in common for one to judge the other's latents and prompts."""
+    config: Any = model.denoiser.model.config
+    names = ("cross_attention_dim", "joint_attention_dim", "caption_channels")
+    width = next((config[name] for name in names if config.get(name)), None)
+    return model.family.name, model.schedule.kind, model.codec.channels, width
 
 
 def plain(denoiser: Denoiser) -> Denoiser:

@@ -14,7 +14,6 @@ The weights w_k keep each reward's gradient at f at a share of the distance's, o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -53,6 +52,7 @@ from diffkit.rewards.latent_clip import LatentClip
 from diffkit.rewards.proxies import load_proxy, new_tap_proxy
 from diffkit.rewards.proxy import LatentProxy, Told
 from diffkit.rewards.refit import RunningMedian
+from diffkit.rewards.tap_proxy import TapProxy, keep_until
 
 __all__ = ["RewardGuidedObjective", "distinct_names", "prompts_of"]
 
@@ -88,12 +88,8 @@ def _check_weighting(reward: RewardConfig, model: LatentDiffusion) -> None:
 
 def _check_latents(proxy: LatentClip, codec: Codec, place: Path) -> None:
     """Raise `UserError` for a proxy of another autoencoder's latents, as far as can be told."""
-    shift, scale = (tuple(x.flatten().tolist()) for x in codec.affine(torch.zeros(())))
-    config = proxy.config
-    own, needed = (*config.scale, *config.shift), (*scale, *shift)
-    pairs = zip(own, needed, strict=False)
-    same = len(own) == len(needed) and all(math.isclose(a, b, rel_tol=1e-4) for a, b in pairs)
-    if config.channels != codec.channels or not same:
+    config, (scale, shift) = proxy.config, codec.space()
+    if config.channels != codec.channels or not codec.has_space(config.scale, config.shift):
         raise UserError(
             f"{place}: reads latents of {config.channels} channels, scaled by {config.scale} after "
             f"a shift by {config.shift}; this model's have {codec.channels}, {scale} and {shift}. "
@@ -200,15 +196,22 @@ class RewardGuidedObjective(ConsistencyObjective):
             self._read = self._teacher or frozen_teacher(model, dtype)
             return self._read
 
-        if place is not None:
-            proxy = load_proxy(place, teacher)
-            if isinstance(proxy, LatentClip):
-                _check_latents(proxy, model.codec, place)
+        proxy = None if place is None else load_proxy(place, teacher)
+        if isinstance(proxy, LatentClip):
+            assert place is not None
+            _check_latents(proxy, model.codec, place)
             return proxy
         size, conditioner = model.default_size, model.conditioner
         cond = conditioner.encode([conditioner.example], (size, size))
-        network = teacher()
-        return new_tap_proxy(network, cond.to(network.device), seed)
+        cond = cond.to(model.denoiser.device)
+        if isinstance(proxy, TapProxy):
+            proxy.check(cond)
+        else:
+            proxy = new_tap_proxy(teacher(), cond, seed)
+        assert self._read is not None
+        if self._read is not self._teacher:  # which would be asked for no more than this
+            keep_until(self._read, proxy.config.taps[-1])
+        return proxy
 
     def players(self) -> Mapping[str, nn.Module]:
         """The student, and the proxy that is fitted."""

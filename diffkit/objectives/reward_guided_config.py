@@ -31,8 +31,9 @@ class RewardConfig:
     """direct: the reward of the decoded estimate. proxy: a network that reads latents and is fitted
     to the reward along the way; frozen_proxy: the same as it was trained before. none: no reward,
     plain distillation."""
-    rewards: str = "embedded"
-    """What is rewarded: names, with weights if wanted, such as hpsv2:1,imagereward:0.1."""
+    rewards: str | None = None
+    """What is rewarded: names, with weights if wanted, such as hpsv2:1,imagereward:0.1. For the
+    embedded model its own scorer by default, which knows the pictures of that model alone."""
     share: float | None = None
     """Length of the reward's gradient at the student's estimate, in parts of the distillation
     loss's, which decides its weight; 0.3 by default. Several rewards share it by their weights."""
@@ -44,8 +45,9 @@ class RewardConfig:
     estimate of an eps-model moves with its output as sigma_t / alpha_t."""
     decoder: str | None = None
     """Folder or hub id of a tiny autoencoder that decodes in place of the model's own decoder."""
-    chunk: int = 4
-    """Pictures that are decoded and rewarded at once."""
+    chunk: int | None = None
+    """Pictures that are decoded and rewarded at once; by default as many as 512x512 pixels hold,
+    one at least and 4 at most."""
     checkpoint: Literal["none", "block", "resnet"] = "none"
     """Recompute the decoder's activations in its backward pass, which needs less memory."""
     proxy: Path | None = None
@@ -79,7 +81,8 @@ class RewardConfig:
         """Raise `UserError` for impossible values, and for those that would do nothing."""
         check_finite(self, "reward")
         self._check_ranges()
-        parse_rewards(self.rewards)
+        if self.rewards is not None:
+            parse_rewards(self.rewards)
         if not self.active:
             reason = "no reward is given (reward.mode none)"
             if self.mode != "none":
@@ -90,6 +93,9 @@ class RewardConfig:
             raise UserError("reward.share: the weight is fixed by reward.beta; leave one out.")
         if self.mode == "direct":
             self._refuse(self._changed("proxy", *_REFIT), "it is for --reward.mode proxy")
+        elif self.mode == "proxy":
+            reason = "nothing is decoded with gradients for --reward.mode proxy"
+            self._refuse(self._changed("checkpoint"), reason)
         elif self.mode == "frozen_proxy":
             if self.proxy is None:
                 raise UserError(

@@ -162,7 +162,7 @@ class RewardedPlayer(ConsistencyPlayer):
     ) -> dict[str, Any]:
         assert self.weights is not None
         found = Found()
-        functions, chunk = self._functions(shared, found)
+        functions, chunk = self._functions(estimate, shared, found)
         weights = self.weights.weights[1:]
         total, _, squares = eager_sum(
             functions,
@@ -180,13 +180,13 @@ class RewardedPlayer(ConsistencyPlayer):
         return terms
 
     def _functions(
-        self, shared: RewardShared, found: Found
+        self, estimate: Tensor, shared: RewardShared, found: Found
     ) -> tuple[list[Callable[..., Tensor]], int | None]:
         """The losses -a R of the estimate, and how many samples of them run at once."""
         score = self._score[0]
         if score is None:
             assert self.pictures is not None
-            return [*self.pictures.losses(found)], self.pictures.chunk
+            return [*self.pictures.losses(found)], self.pictures.chunk(estimate)
         return [partial(_by_proxy, score, shared, found)], None
 
 

@@ -8,19 +8,25 @@ gradient, so their part is logged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from diffkit.models.codec import Codec
 from diffkit.models.decode import Checkpoint
-from diffkit.perceptual.decoded import Decoder
+from diffkit.models.tiny_decoder import TinyDecoder
 from diffkit.rewards.base import Reward
 
 __all__ = ["Found", "PictureRewards", "WeightedReward", "saturated_fraction"]
 
 WeightedReward = tuple[Reward, float]
+
+_PIXELS, _MOST = 512 * 512, 4
+"""Pixels that are decoded at once with gradients, about 5 GB of activations of Stable Diffusion's
+decoder in bfloat16; and pictures."""
 
 
 def saturated_fraction(images: Tensor) -> Tensor:
@@ -52,21 +58,28 @@ class PictureRewards:
     Arguments:
         rewards: with the weight of each, above 0, by a name for logs.
         decoder: D.
-        chunk: pictures that are decoded at once.
+        chunk: pictures that are decoded at once; None for as many as 512x512 pixels hold, one to 4.
         checkpoint: of the decoder's backward pass.
     """
 
     def __init__(
         self,
         rewards: dict[str, WeightedReward],
-        decoder: Decoder,
-        chunk: int,
+        decoder: Codec | TinyDecoder,
+        chunk: int | None,
         checkpoint: Checkpoint = None,
     ) -> None:
         self.rewards = rewards
         self.decoder = decoder
-        self.chunk = chunk
+        self._chunk = chunk
         self.checkpoint = checkpoint
+
+    def chunk(self, latents: Tensor) -> int:
+        """How many of these latents (B, C, h, w) are decoded at once."""
+        if self._chunk is not None:
+            return self._chunk
+        pixels = math.prod(latents.shape[-2:]) * self.decoder.factor**2
+        return min(max(_PIXELS // pixels, 1), _MOST)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,7 +123,8 @@ class PictureRewards:
     @torch.no_grad()
     def judge(self, latents: Tensor, embedded: Sequence[Tensor]) -> Tensor:
         """sum_k weight_k R_k(D(z), c), (B,), float32, without gradient, chunk by chunk."""
-        chunks = (latents.split(self.chunk), *(rows.split(self.chunk) for rows in embedded))
+        size = self.chunk(latents)
+        chunks = (latents.split(size), *(rows.split(size) for rows in embedded))
         return torch.cat([self._sum(z, own) for z, *own in zip(*chunks, strict=True)])
 
     def _sum(self, z: Tensor, embedded: Sequence[Tensor]) -> Tensor:

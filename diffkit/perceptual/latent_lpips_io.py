@@ -23,13 +23,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffkit.assets import path as asset
+from diffkit.console import warn
 from diffkit.errors import UserError
 from diffkit.files import atomic_directory
+from diffkit.models.codec import Codec
 from diffkit.models.feature_network import half_parameters, load_strictly, read_config
 from diffkit.models.named_weights import load_named_weights
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig, Layout, NormKind
 
 __all__ = [
+    "check_latent_space",
     "from_package",
     "from_pre_pool",
     "from_torchvision",
@@ -60,6 +63,31 @@ def load_latent_lpips(
         network = LatentLpips(LatentLpipsConfig(**read_config(place, LatentLpipsConfig)))
         load_strictly(network, place / "model.safetensors")
     return network.to(device)
+
+
+def check_latent_space(network: LatentLpips, codec: Codec, flag: str) -> None:
+    """Raise `UserError` for a network of other latents than this autoencoder's, as far as it says.
+
+    Ours say how their latents were scaled and shifted. Of others, published files among them, only
+    the channels are known, and a warning says so.
+
+    Arguments:
+        flag: that named the network, for messages.
+    """
+    config, told = network.config, network.config.provenance
+    named, (scale, shift) = f"{config.channels} channels", codec.space()
+    known = "scale" in told and "shift" in told
+    if known:
+        named += f", scaled by {told['scale']} after a shift by {told['shift']}"
+    same = config.channels == codec.channels
+    if not same or (known and not codec.has_space(told["scale"], told["shift"])):
+        raise UserError(
+            f"{flag}: reads latents of {named}; this model's have {codec.channels}, {scale} and "
+            f"{shift}. Give a network that was trained for its autoencoder "
+            "(scripts/train_latent_lpips.py makes one)."
+        )
+    if not known:
+        warn(f"{flag}: does not say whose latents it reads; they are taken for this model's")
 
 
 def save_latent_lpips(

@@ -41,7 +41,8 @@ class LatentClipConfig:
     """Sizes of a `LatentClip`, kept in its `config.json`.
 
     Attributes:
-        tower: "vit", or "resnet" with the widths of CLIP's RN50, for sides of multiples of 32.
+        tower: "vit", or "resnet" with the widths of CLIP's RN50 and group norms in place of its
+            batch norms, for sides of multiples of 32.
         channels, side: of the latents; a ViT takes other sizes by resizing its position embedding.
         scale, shift: one number, or one a channel: raw = z / scale + shift are the latents of the
             autoencoder, as its decoder takes them.
@@ -118,7 +119,8 @@ class LatentClip(LatentProxy):
 
     A refit trains the image tower's last block, last norm and projection (of the ResNet the
     attention pool without its positions), the text tower's part of `TextTower.unlocked`, and the
-    temperature. The ResNet's batch norms are fixed affine maps of their stored statistics.
+    temperature. The ResNet has group norms: statistics of batches would depend on how a batch is
+    shared out, and during refits on the student.
 
     Arguments:
         config: sizes.
@@ -243,7 +245,23 @@ def _resnet(config: LatentClipConfig) -> nn.Module:
     first = network.conv1
     network.conv1 = nn.Conv2d(config.channels, first.out_channels, 3, 2, 1, bias=False)
     module: nn.Module = network
+    for parent in tuple(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, _group_norm(child))
     return module
+
+
+def _group_norm(norm: nn.BatchNorm2d) -> nn.GroupNorm:
+    """With the same scale and shift, which are 0 and 0 where a residual branch starts without
+    effect; at least 8 channels a group."""
+    channels = norm.num_features
+    groups = max(
+        n for n in (1, 2, 4, 8, 16, 32) if channels % n == 0 and (n == 1 or channels >= 8 * n)
+    )
+    found = nn.GroupNorm(groups, channels, norm.eps)
+    found.load_state_dict({"weight": norm.weight.detach(), "bias": norm.bias.detach()})
+    return found
 
 
 def _starting(module: nn.Module, prefixes: Sequence[str]) -> list[str]:

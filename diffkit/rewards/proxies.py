@@ -57,15 +57,15 @@ def new_latent_clip(
         if side >= 32
         else {"patch": 2, "width": 128, "layers": 4}
     )
-    shift, scale = codec.affine(torch.zeros(()))
+    scale, shift = codec.space()
     with _drawn_from(seed):
         towers = load_text(text)
     config = LatentClipConfig(
         channels=codec.channels,
         side=side,
         embedding_size=towers.projection.out_features,
-        scale=tuple(scale.flatten().tolist()),
-        shift=tuple(shift.flatten().tolist()),
+        scale=scale,
+        shift=shift,
         tower=tower,
         **(usual | sizes),
     )

@@ -30,7 +30,7 @@ _MOST = math.log(100.0)
 class LatentProxy(nn.Module, ABC):
     """A network S from latents and a prompt to a cosine, of which only some layers are trained.
 
-    It stays in evaluation mode, during refits too: batch norms must not follow the student. Which
+    It stays in evaluation mode, during refits too: dropout would make preferences random. Which
     layers train is a list, `unlocked`; `lock` switches the gradients of all others off, for good.
 
     Attributes:
@@ -85,6 +85,6 @@ class LatentProxy(nn.Module, ABC):
             parameter.requires_grad_(name in names)
 
     def train(self, mode: bool = True) -> LatentProxy:
-        """Stay in evaluation mode: neither dropout nor batch statistics have a place here."""
+        """Stay in evaluation mode: dropout has no place here."""
         super().train(False)
         return self

@@ -28,7 +28,7 @@ from diffkit.models.schedule import Schedule
 from diffkit.randomness import normal
 from diffkit.rewards.proxy import LatentProxy, Told
 
-__all__ = ["TapProxy", "TapProxyConfig", "default_taps"]
+__all__ = ["TapProxy", "TapProxyConfig", "default_taps", "keep_until"]
 
 _MOST_TAPS = 4
 
@@ -89,16 +89,21 @@ class TapProxy(LatentProxy):
             cond: any conditioning of the model, on its device, for the sizes.
             options: `place`, `embedding_size` of the config.
         """
-        one, size = cond.select(slice(0, 1)), denoiser.geometry
-        taps = default_taps(denoiser)
-        zeros = torch.zeros(1, size.channels, *size.sample, device=denoiser.device)
-        config = TapProxyConfig(taps, (), 0, **options)
-        with torch.no_grad():
-            found = _features(denoiser, config, zeros, one)
-        features = tuple(feature.shape[1] // 2 for feature in found)
-        text = _text(one)
-        width = 0 if text is None else text.shape[1]
-        return cls(replace(config, features=features, text=width), denoiser)
+        config = TapProxyConfig(default_taps(denoiser), (), 0, **options)
+        return cls(_measured(config, denoiser, cond), denoiser)
+
+    def check(self, cond: Conditioning) -> None:
+        """Raise `UserError` unless its teacher's features and text have the lengths that it reads.
+
+        Arguments:
+            cond: any conditioning of the model, on its device.
+        """
+        own, there = self.config, _measured(self.config, self._teacher[0], cond)
+        if own != there:
+            raise UserError(
+                f"proxy: reads features of {own.features} channels and text of {own.text}; this "
+                f"model has {there.features} and {there.text}. It was made for another model."
+            )
 
     def told(self, prompts: Sequence[str], cond: Conditioning) -> Told:
         """The conditioning as it is."""
@@ -151,6 +156,29 @@ class TapProxy(LatentProxy):
         proxy = cls(config, denoiser)
         load_strictly(proxy, path / "model.safetensors")
         return proxy
+
+
+def _measured(config: TapProxyConfig, denoiser: Denoiser, cond: Conditioning) -> TapProxyConfig:
+    """The same taps with the lengths that this denoiser gives, of latents as small as can be."""
+    one, side = cond.select(slice(0, 1)), 2 * denoiser.multiple
+    zeros = torch.zeros(1, denoiser.geometry.channels, side, side, device=denoiser.device)
+    with torch.no_grad():
+        found = _features(denoiser, config, zeros, one)
+    text = _text(one)
+    features = tuple(feature.shape[1] // 2 for feature in found)
+    return replace(config, features=features, text=0 if text is None else text.shape[1])
+
+
+def keep_until(denoiser: Denoiser, last: str) -> None:
+    """Drop the weights of all blocks behind one, for a network that is asked no further.
+
+    Arguments:
+        last: a name of `tap_names`.
+    """
+    names = tuple(name for name in denoiser.tap_names if ":" not in name)
+    for name in names[names.index(last) + 1 :]:
+        parent, _, own = name.rpartition(".")
+        setattr(denoiser.model.get_submodule(parent), own, nn.Identity())
 
 
 def default_taps(denoiser: Denoiser) -> tuple[str, ...]:

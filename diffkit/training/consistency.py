@@ -41,7 +41,18 @@ class ConsistencyTraining(TrainConfig):
     lcd: ConsistencyConfig = field(default_factory=ConsistencyConfig)
 
     def prepared(self, model: LatentDiffusion) -> LatentDiffusion:
-        """The student: with its few-step scheduler, and told the guidance scale."""
+        """The student: with its few-step scheduler, and told the guidance scale.
+
+        Raises `UserError` for a model that cannot be distilled so, and for validation pictures of
+        more steps than it has.
+        """
+        steps = self.lcd.solver_steps
+        few = model.schedule.kind == "ddpm" and self.validation_steps > steps
+        if few and self.validation_prompts is not None:
+            raise UserError(
+                f"validation_steps: {self.validation_steps}, but a grid of {steps} solver steps "
+                f"gives no more than {steps} to sample in; use --validation-steps {steps}."
+            )
         return prepare_student(model, self.lcd, self.lora_rank is not None)
 
     def adapted(self, model: LatentDiffusion) -> tuple[str, ...] | None:
@@ -51,14 +62,17 @@ class ConsistencyTraining(TrainConfig):
         return self.lora_targets
 
     def sampling_guidance(self, model: LatentDiffusion) -> float | None:
-        """None, the usual scale, for a student that is told it; 1 for one that has it built in."""
-        return None if model.family.takes_guidance else 1.0
+        """That of the result: one that was trained, or 1 for a student that has it built in."""
+        scale: float = self._sampling(model)["guidance_scale"]
+        return scale
+
+    def _sampling(self, model: LatentDiffusion) -> dict[str, Any]:
+        return self.lcd.resolve(model, self.lora_rank is not None).sampling(model)
 
     def card(self, model: LatentDiffusion) -> dict[str, Any]:
         """With the lines that sample in few steps."""
         lora = self.lora_rank is not None
-        sampling = self.lcd.resolve(model, lora).sampling(model)
-        return super().card(model) | few_step_card(model, sampling, lora)
+        return super().card(model) | few_step_card(model, self._sampling(model), lora)
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""

@@ -51,8 +51,7 @@ class GanTraining(TrainConfig):
 
     def check_sharded(self) -> None:
         """Raise `UserError` for the exact penalty, for which one process alone asks the network."""
-        exact = self.gan.r1 == "exact" or (self.gan.r1 is None and not self.gan.pictures)
-        if self.gan.discriminator != "none" and exact:
+        if self.gan.exact_penalty():
             raise UserError(
                 "gan.r1: the exact penalty is of one sample, on one process, while FSDP needs all "
                 "of them to gather the discriminator's weights; use --gan.r1 approximate."
@@ -78,9 +77,8 @@ class GanTraining(TrainConfig):
                 "compile: networks are asked within the training step of others here, and features "
                 "are read inside of them, which torch.compile cannot take; leave it out."
             )
-        exact = self.gan.r1 == "exact" or (self.gan.r1 is None and not self.gan.pictures)
-        plain = self.attention in ("sdpa", "classic", "_native_math")
-        if self.gan.discriminator != "none" and exact and not plain:
+        plain = self.attention in ("sdpa", "classic", "native", "_native_math")
+        if self.gan.exact_penalty() and not plain:
             raise UserError(
                 f"attention: {self.attention} has no second derivative, which the penalty of the "
                 "discriminator needs; leave it out, or use --gan.r1 approximate."
@@ -94,6 +92,11 @@ def build_gan(
     teacher, dtype = None, DTYPES[config.mixed_precision]
     if config.gan.teacher is not None:
         teacher = LatentDiffusion.load(config.gan.teacher, attention=config.attention)
+        if (
+            config.gradient_checkpointing
+        ):  # as the model in training has it, of which else copies are
+            network: Any = teacher.denoiser.model
+            network.enable_gradient_checkpointing()
     return DiffusionGanObjective(
         model, config.gan, config.dmd, config.batch_size, lora, teacher, dtype, config.seed
     )

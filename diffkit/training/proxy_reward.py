@@ -40,7 +40,9 @@ class ProxyRewardTraining(TrainConfig):
     def card(self, model: LatentDiffusion) -> dict[str, Any]:
         """A proxy of rewards, and the command that uses it."""
         base = self.model if self.model == EMBEDDED else shlex.quote(public_name(self.model))
-        use = f"--model {base} --data DATA --output RUN --reward.mode proxy --reward.proxy THIS"
+        rewards = "" if self.model == EMBEDDED else " --reward.rewards hpsv2"
+        use = f"--model {base} --data DATA --output RUN --reward.mode proxy{rewards}"
+        use += " --reward.proxy THIS"
         command = f"diffkit train rg_lcd {use}"
         return {"relation": "adapter", "adapter": "proxy_reward", "command": command}
 

@@ -17,7 +17,7 @@ from diffkit.data.folder import ImageFolder
 from diffkit.data.images import read_header
 from diffkit.data.transforms import View, render, to_float
 from diffkit.errors import UserError
-from diffkit.files import TEMPORARY_PREFIX, atomic_write, read_json, write_json
+from diffkit.files import read_json, write_json
 from diffkit.models.codec import Codec
 from diffkit.randomness import normal, uniform
 
@@ -25,6 +25,7 @@ __all__ = ["Pictures", "encoded", "made_of", "moments"]
 
 FEWEST = 8
 """Captions that must have a word for it to be a class."""
+_NOTED = 16
 LARGEST = 1.3
 """Side of the largest picture that a view is cut from, by the side of the view."""
 
@@ -95,10 +96,11 @@ class Pictures:
         flip = draws[3] < 0.5
         return render(path, View(original, resized, corner, (self.size, self.size), flip))
 
-    def batches(self, number: int, seed: int, size: int) -> Iterator[Tensor]:
-        """View `number` of all pictures, (b, 3, S, S) in [-1, 1]."""
-        for rows in torch.arange(len(self)).split(size):
-            yield to_float([self.view(int(row), number, seed) for row in rows])
+    def batches(self, views: int, seed: int, size: int, first: int = 0) -> Iterator[Tensor]:
+        """View 0 of all pictures, view 1, ..., from row `first` on: (b, 3, S, S) in [-1, 1]."""
+        for rows in torch.arange(first, views * len(self)).split(size):
+            places = (divmod(int(row), len(self)) for row in rows)
+            yield to_float([self.view(index, number, seed) for number, index in places])
 
 
 def made_of(pictures: Pictures, codec: Codec, views: int, seed: int) -> str:
@@ -118,23 +120,28 @@ def moments(
     """Moments of `views` views of each picture, (views N, 2C, h, w), in a memory map.
 
     They are made once; anew where those in `file` are not of the same pictures, autoencoder and
-    views, as the .json beside it says.
+    views, as the .json beside it says, which also says how many rows there are: a call that was
+    stopped loses at most those of `_NOTED` batches.
     """
     note, told = file.with_suffix(".json"), {"made_of": made_of(pictures, codec, views, seed)}
-    if not (file.is_file() and note.is_file() and read_json(note) == told):
+    known = read_json(note) if file.is_file() and note.is_file() else {}
+    done, count = int(known.get("rows", 0)), views * len(pictures)
+    if known.get("made_of") != told["made_of"]:
         note.unlink(missing_ok=True)
-        for left in file.parent.glob(f"{TEMPORARY_PREFIX}*"):  # of a call that was killed
-            left.unlink()
+        done = 0
+    if done < count:
+        file.parent.mkdir(parents=True, exist_ok=True)
         channels, *sides = codec.latent_shape(pictures.size, pictures.size)
-        shape = (views * len(pictures), 2 * channels, *sides)
-        with atomic_write(file) as target:
-            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_2_0(target, header)
-            for number in range(views):
-                for images in pictures.batches(number, seed, batch):
-                    found = codec.encode_moments(images.to(codec.device))
-                    target.write(found.half().cpu().numpy().tobytes())
-        write_json(note, told)
+        shape, mode = (count, 2 * channels, *sides), "r+" if done else "w+"
+        rows = np.lib.format.open_memmap(file, mode, np.dtype("<f2"), shape)  # type: ignore[no-untyped-call]
+        batches = pictures.batches(views, seed, batch, done)
+        for number, images in enumerate(batches, 1):
+            found = codec.encode_moments(images.to(codec.device)).half().cpu().numpy()
+            rows[done : done + len(found)] = found
+            done += len(found)
+            if number % _NOTED == 0 or done == count:
+                rows.flush()
+                write_json(note, told | {"rows": done})
     kept: NDArray[np.float16] = np.load(file, mmap_mode="r")
     return kept
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,11 @@ from diffkit.data.trajectory_store import (
     read_shard,
     read_stamp,
     shard_path,
+    write_header,
     write_shard,
 )
+from diffkit.generation.trajectories import Teacher
+from diffkit.generation.trajectory_verify import verify_pairs
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.sampling import sample
 
@@ -208,9 +213,30 @@ def test_what_cannot_be_asked_for_is_refused(tiny_sd, prompts, tmp_path, capsys)
     assert "--shard 0: must be at least 1" in refusal(prompts, "--shard", 0)
     for guidance in (-1, "nan", "inf"):
         assert f"--guidance {guidance}" in refusal(prompts, "--guidance", guidance)
+    assert "1 is no guidance" in refusal(prompts, "--guidance", 0.5)
     assert "multiples of" in refusal(prompts, "--size", 33)
     assert "1001 steps" in refusal(prompts, "--steps", 1001)
     assert "not on a CPU" in refusal(prompts, "--dtype", "fp16")
+
+
+def test_pairs_that_come_out_not_finite_now_are_not_those_that_were_stored(
+    tiny_sd, prompts, tmp_path, capsys
+):
+    """max(0, nan) is 0: a teacher that overflows passed as equal up to rounding."""
+    folder = tmp_path / "pairs"
+    make(folder, tiny_sd, prompts)
+    header = read_header(folder)
+    model = LatentDiffusion.load(tiny_sd)
+    teacher = Teacher(model, header, read_prompt_rows(folder, header))
+    assert verify_pairs(teacher, folder, 3).passed
+    with torch.no_grad():
+        next(model.denoiser.model.parameters()).fill_(torch.inf)
+    found = verify_pairs(teacher, folder, 3)
+    assert found.largest == math.inf and not found.passed
+    halved = shutil.copytree(folder, tmp_path / "fp16")
+    write_header(halved, replace(header, dtype="fp16"))
+    assert main(["trajectories", "--output", str(halved), "--verify", "1", "--device", "cpu"]) == 2
+    assert "made in fp16, which a CPU does not compute with" in capsys.readouterr().err
 
 
 def test_pairs_that_are_not_finite_are_dropped_and_counted(tiny_sd, tmp_path, capsys):

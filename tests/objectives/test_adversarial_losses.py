@@ -111,7 +111,7 @@ KEYS = SampleKeys(3, (0,) * 8, tuple(range(8)))
 
 
 @pytest.mark.parametrize(
-    ("share", "size", "count"), [(0.25, 8, 2), (0.3, 8, 2), (0.01, 8, 1), (0.0, 8, 0), (1.0, 8, 8)]
+    ("share", "size", "count"), [(0.25, 8, 2), (0.3, 8, 2), (0.01, 8, 1), (0.0, 8, 0), (0.95, 8, 7)]
 )
 def test_so_many_rows_are_replaced_however_the_batch_is_split(share, size, count) -> None:
     whole = replaced_rows(KEYS, range(8), share, size)

@@ -19,6 +19,7 @@ from diffkit.objectives.consistency_config import ConsistencyConfig
 from diffkit.objectives.consistency_player import Point
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig, e_latentlpips
 from diffkit.perceptual.latent_lpips_io import load_latent_lpips, save_latent_lpips
+from diffkit.training.consistency import ConsistencyTraining
 from tests.objectives.test_denoising import make_batch
 from tests.tiny import build_sd
 
@@ -372,3 +373,16 @@ def test_eps_at_pure_noise_is_refused(tmp_path: Path) -> None:
     model = LatentDiffusion.load(build_sd(tmp_path / "sd", "epsilon", zero_snr=True))
     with pytest.raises(UserError, match="pure noise"):
         prepare_student(model, ConsistencyConfig(), False)
+
+
+def test_the_card_and_validation_keep_to_what_was_trained(tiny_folder: Any, tmp_path: Path) -> None:
+    """Validation pictures had the model's usual guidance, trained or not; a grid of two solver
+    steps had a card of four, which no scheduler samples in."""
+    lcd = ConsistencyConfig(guidance_min=1.1, guidance_max=1.4, solver_steps=2)
+    config = ConsistencyTraining("x", tmp_path, lcd=lcd)
+    model = config.prepared(LatentDiffusion.load(tiny_folder("sd-v")))
+    assert lcd.resolve(model, False).sampling(model) == {"guidance_scale": 1.4, "steps": 2}
+    assert config.sampling_guidance(model) == 1.4
+    several = replace(config, validation_prompts=tmp_path / "prompts.txt")
+    with pytest.raises(UserError, match="use --validation-steps 2"):
+        several.prepared(LatentDiffusion.load(tiny_folder("sd-v")))

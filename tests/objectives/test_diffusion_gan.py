@@ -11,11 +11,16 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from diffkit.data.batch import Batch
+from diffkit.data.trajectory_store import Prompt
 from diffkit.errors import UserError
+from diffkit.generation.card import is_student
+from diffkit.generation.trajectories import header_of
 from diffkit.models.discriminators import Given
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.one_step import one_step_scheduler
 from diffkit.objectives.base import reduce_loss
+from diffkit.objectives.consistency import ConsistencyObjective, prepare_student
+from diffkit.objectives.consistency_config import ConsistencyConfig
 from diffkit.objectives.diffusion_gan import DiffusionGanObjective
 from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig
@@ -422,6 +427,55 @@ def test_a_student_needs_its_teacher(tiny_folder: Folder) -> None:
     theirs = teacher.denoiser.model.state_dict()
     for name, value in network.network.denoiser.model.state_dict().items():
         assert torch.equal(value, theirs[name]), name
-    with pytest.raises(UserError, match="no teacher of this"):
+    with pytest.raises(UserError, match="is no teacher of"):
         other = LatentDiffusion.load(tiny_folder("sd3"))
         DiffusionGanObjective(first.model, config, DmdConfig(), 4, teacher=other)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd-v"])
+def test_students_that_keep_a_stock_scheduler_are_known_by_their_card(
+    name: str, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    """A flow's one-step student has its teacher's scheduler and was taken for a teacher: of pairs,
+    of a discriminator's features, of the score that it should follow. So were students of
+    segments, which step by DDIM."""
+    folder = tmp_path / "student"
+    if name == "sd3":
+        make(tiny_folder(name), discriminator="none").save(folder)
+    else:
+        config = ConsistencyConfig(solver_steps=10, segments=2, embedding=False)
+        model = prepare_student(LatentDiffusion.load(tiny_folder(name)), config, False)
+        ConsistencyObjective(model, config).save(folder)
+    student = LatentDiffusion.load(folder)
+    assert not student.schedule.consistency and is_student(student)
+    with pytest.raises(UserError, match="gan.teacher"):
+        DiffusionGanObjective(student, GanConfig("mse", warmup=0), DmdConfig(), 4)
+    with pytest.raises(UserError, match="it is a few-step student"):
+        config = GanConfig("mse", warmup=0)
+        DiffusionGanObjective(student, config, DmdConfig(), 4, teacher=student)
+    with pytest.raises(UserError, match="no teacher of others"):
+        header_of(student, [Prompt("a")], count=1, seed=0, shard=1)
+    with pytest.raises(UserError, match="few steps already"):
+        prepare_student(student, ConsistencyConfig(), False)
+
+
+def test_prompts_are_encoded_once_a_step(
+    tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five updates of the score that follows cost five runs of the text encoders a step."""
+    options = {"dmd": True, "discriminator": "none"}
+    method = make(tiny_folder("sd-v"), DmdConfig(guidance=1.0), **options)
+    conditioner, calls = method.model.conditioner, []
+    encode = conditioner.encode
+
+    def counted(*words: Any, **more: Any) -> Any:
+        calls.append(words)
+        return encode(*words, **more)
+
+    monkeypatch.setattr(conditioner, "encode", counted)
+    for step in range(2):
+        method.begin(step)
+        for repeat in range(3):
+            run(method, "fake_score", pairs(), repeat)
+        run(method, "generator", pairs())
+        assert len(calls) == step + 1

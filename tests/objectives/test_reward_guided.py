@@ -421,6 +421,7 @@ def test_a_reward_without_a_scale_is_measured_by_its_running_median(
         ({"mode": "frozen_proxy", "proxy": Path("x"), "refit_rate": 1.0}, "is not fitted"),
         ({"mode": "frozen_proxy", "proxy": Path("x"), "decoder": "x"}, "decodes nothing"),
         ({"mode": "proxy", "refit_share": 1.5}, "not in (0, 1]"),
+        ({"mode": "proxy", "checkpoint": "block"}, "reward.checkpoint: would do nothing"),
         ({"rewards": "nonsense"}, "unknown"),
         ({"chunk": 0}, "must be above 0"),
     ],
@@ -436,3 +437,42 @@ def test_segments_end_in_noise_that_no_reward_can_judge(tiny_folder: Any) -> Non
     model = prepare_student(LatentDiffusion.load(tiny_folder("sd-v")), config, False)
     with pytest.raises(UserError, match="noisy latents"):
         RewardGuidedObjective(model, config, RewardConfig(), [(Bright(), 1.0)])
+
+
+def tapped(folder: Path, lora: bool, **flags: Any) -> RewardGuidedObjective:
+    """With a head on the teacher, of all weights or of a LoRA."""
+    config = ConsistencyConfig(**LCD)
+    model = prepare_student(LatentDiffusion.load(folder), config, lora)
+    if lora:
+        add_lora(model, 2, name="default")
+    reward, given = RewardConfig(mode="proxy", **flags), [(embedded_reward(), 1.0)]
+    name = "default" if lora else None
+    return RewardGuidedObjective(model, config, reward, given, name)
+
+
+def test_a_lora_holds_no_second_decoder_for_its_proxy(tiny_sd: Path) -> None:
+    """A head reads the first half of a frozen copy; the other half was kept too, 12 GB of Flux."""
+    whole, half = (tapped(tiny_sd, lora) for lora in (False, True))
+    sizes = []
+    for method in (whole, half):
+        assert method._read is not None
+        sizes.append(sum(p.numel() for p in method._read.parameters()))
+    assert sizes[1] < 0.7 * sizes[0]
+    z, cond = torch.randn(2, 4, 16, 16), whole.model.conditioner.encode(["a", "b"])
+    assert whole.proxy is not None and half.proxy is not None
+    torch.testing.assert_close(half.proxy(z, cond), whole.proxy(z, cond))
+
+
+def test_a_head_of_another_teacher_is_refused_at_the_start(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Blocks are named alike in all Stable Diffusions: a head failed in its first step, or not."""
+    made = tapped(tiny_folder("sd"), False).proxy
+    assert isinstance(made, TapProxy)
+    made.save(tmp_path / "proxy")
+    config = read_json(tmp_path / "proxy" / "config.json")
+    assert tapped(tiny_folder("sd"), False, proxy=tmp_path / "proxy").proxy is not None
+    other = TapProxy(replace(made.config, text=config["text"] + 8), made._teacher[0])
+    other.save(tmp_path / "other")
+    with pytest.raises(UserError, match="made for another model"):
+        tapped(tiny_folder("sd"), False, proxy=tmp_path / "other")

@@ -14,6 +14,8 @@ from diffkit.rewards.base import Reward
 class Doubling:
     """A decoder whose pictures are the first three channels, twice as large."""
 
+    factor = 2
+
     def decode(self, latents: Tensor, checkpoint: object = None) -> Tensor:
         return 2 * latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
 
@@ -112,3 +114,11 @@ def test_log_odds_of_one_reward_do_not_depend_on_its_weight() -> None:
     torch.testing.assert_close(logits, 7.0 * alone)
     both = pictures(a=(Brightness(logit_scale=7.0), 1.0), b=(Brightness(logit_scale=7.0), 1.0))
     assert both.logit_scale is None and pictures().logit_scale is None
+
+
+@pytest.mark.parametrize(("side", "fits"), [(64, 4), (128, 4), (256, 1), (512, 1)])
+def test_by_default_as_many_are_decoded_as_a_large_picture_has_pixels(side: int, fits: int) -> None:
+    """Four at once of 1024 pixels would be 60 GB of a decoder's activations."""
+    rewards = PictureRewards({"bright": (Brightness(), 1.0)}, Doubling(), None)
+    assert rewards.chunk(torch.zeros(8, 4, side, side)) == fits
+    assert pictures(3).chunk(torch.zeros(8, 4, side, side)) == 3

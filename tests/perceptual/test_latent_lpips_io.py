@@ -10,8 +10,10 @@ from torch import nn
 from torchvision.models.vgg import make_layers
 
 from diffkit.errors import UserError
+from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig, e_latentlpips
 from diffkit.perceptual.latent_lpips_io import (
+    check_latent_space,
     from_package,
     from_pre_pool,
     from_torchvision,
@@ -151,3 +153,21 @@ def test_the_numbers_of_the_package() -> None:
     )
     with_l1 = e_latentlpips(network, a, b, None, l1_weight=1.0)
     torch.testing.assert_close(with_l1, torch.tensor([1.6782186, 1.5677607]), atol=2e-5, rtol=0)
+
+
+def test_a_network_of_other_latents_is_refused_where_it_says_so(tiny_folder, capsys) -> None:
+    """Equally many channels are no proof: Stable Diffusion's 4 and SDXL's are scaled otherwise."""
+    codec = LatentDiffusion.load(tiny_folder("sd")).codec
+    scale, shift = codec.space()
+    network = random_network()
+    check_latent_space(network, codec, "flag: it")
+    assert "flag: it: does not say whose latents it reads" in capsys.readouterr().err
+    network.config.provenance.update(scale=list(scale), shift=list(shift))
+    check_latent_space(network, codec, "flag: it")
+    assert not capsys.readouterr().err
+    network.config.provenance["scale"] = [scale[0] * 0.7]
+    with pytest.raises(UserError, match="flag: it: reads latents of 4 channels, scaled by"):
+        check_latent_space(network, codec, "flag: it")
+    with pytest.raises(UserError, match="reads latents of 8 channels"):
+        check_latent_space(load_latent_lpips("embedded"), codec, "flag: it")
+    check_latent_space(load_latent_lpips("embedded"), LatentDiffusion.load().codec, "flag: it")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import InterpolationMode, v2
 
 from diffkit.errors import UserError
+from diffkit.models import clip
 from diffkit.models.clip import CLIP_RULE, prepare
 from diffkit.randomness import normal, uniform
 from diffkit.rewards.aesthetic import _published, head_of_weights
@@ -205,3 +206,20 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it():
         UserError, match=r'hpsv2 needs the package .*pip install "diffkit\[rewards\]"'
     ):
         optional_module("no_such_package.part", "rewards", "the reward hpsv2")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_weights_of_a_tag_are_computed_with_their_own_gelu(tiny, monkeypatch, quick):
+    """open_clip only warns where a tag's weights were trained with QuickGELU; all numbers of
+    clip:ViT-B-32:openai and of the aesthetic heads were of another function."""
+    file, model = tiny
+    tags = {NAME: {"tag": {"url": "somewhere", "quick_gelu": quick}}}
+    monkeypatch.setattr(open_clip.pretrained, "_PRETRAINED", tags)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(file))
+    monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *_, **__: None)
+    fetched = clip._fetched(open_clip, NAME, "tag")
+    towers = fetched.visual, fetched.transformer
+    gelu = open_clip.transformer.QuickGELU
+    assert all(any(isinstance(m, gelu) for m in t.modules()) is quick for t in towers)
+    read = clip._from_file(open_clip, NAME, "tag", str(file))
+    assert any(isinstance(m, gelu) for m in read.modules()) is quick

@@ -221,6 +221,18 @@ def test_folders_that_are_no_proxy_are_refused(model, clip_folder, tmp_path):
         load_proxy(tmp_path / "p", lambda: model.denoiser)
 
 
+def test_a_new_resnet_tells_latents_apart(model, clip_folder):
+    """Its batch norms knew no statistics: of latents without anything in common features differed
+    by 6e-7, which is what the contrastive training of 50 layers started from."""
+    proxy = make("resnet", model, clip_folder)
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in proxy.modules())
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 4, 32, 32, generator=generator)
+    with torch.no_grad():
+        one, other = proxy.embed_latents(z)
+    assert 1 - float(one @ other) > 1e-3
+
+
 def test_text_towers_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(UserError, match="give 'embedded', or a folder or hub id"):
         load_text("/nowhere")

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import latent_metric.pictures
 import numpy as np
 import pytest
 import torch
@@ -117,6 +118,36 @@ def test_latents_of_other_data_or_draws_are_not_taken(pictures, codec, tmp_path:
     os.utime(edited, ns=(0, 0))
     changed, _ = made()
     assert (changed[0] != first[0]).any() and (changed[1] == first[1]).all()
+
+
+def test_moments_go_on_where_they_were_stopped(pictures, codec, tmp_path: Path) -> None:
+    """They are the longest part for many pictures, and a restart began at the first one."""
+    whole = np.array(moments(pictures, codec, 2, 0, tmp_path / "whole.npy", batch=1))
+    file = tmp_path / "state" / "moments.npy"
+
+    class Stopped(Exception):
+        pass
+
+    class Failing(Codec):
+        left = 5
+
+        def encode_moments(self, images, checkpoint=None):
+            if not self.left:
+                raise Stopped
+            self.left -= 1
+            return super().encode_moments(images, checkpoint)
+
+    failing, noted = Failing(codec.vae), latent_metric.pictures._NOTED
+    latent_metric.pictures._NOTED = 2
+    try:
+        with pytest.raises(Stopped):
+            moments(pictures, failing, 2, 0, file, batch=1)
+        assert read_json(file.with_suffix(".json"))["rows"] == 4
+        failing.left = 4  # and not 8
+        assert (np.array(moments(pictures, failing, 2, 0, file, batch=1)) == whole).all()
+    finally:
+        latent_metric.pictures._NOTED = noted
+    assert failing.left == 0
 
 
 def test_a_trunk_goes_on_bit_by_bit(pictures, codec, tmp_path: Path, capsys) -> None:

@@ -24,9 +24,11 @@ from diffkit.generation.card import read_card
 from diffkit.models.few_step import one_step
 from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.models.lora import load_lora
+from diffkit.objectives.diffusion_gan_config import GanConfig
 from diffkit.perceptual.latent_lpips import LatentLpips, LatentLpipsConfig
 from diffkit.perceptual.latent_lpips_io import save_latent_lpips
 from diffkit.randomness import normal
+from diffkit.training.diffusion_gan import GanTraining, build_gan
 from tests.data.trajectory_folder import build
 from tests.training.test_denoising_runs import rows
 
@@ -223,3 +225,13 @@ def test_what_cannot_be_combined(words, message, train, capsys, tmp_path):
     train(*MSE, *words, code=2, data=tmp_path / "nowhere")
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_copied_of_a_named_teacher_spares_memory_too(tiny_folder, tmp_path):
+    """--gradient-checkpointing was forgotten for the discriminator of a second stage."""
+    folder = tiny_folder("sd-v")
+    gan = GanConfig("mse", teacher=str(folder), dmd=True)
+    config = GanTraining("x", tmp_path, model=str(folder), gan=gan, gradient_checkpointing=True)
+    players = build_gan(LatentDiffusion.load(folder), config, None).players()
+    for network in (players["discriminator"].network.denoiser, players["fake_score"].denoiser):
+        assert network.model.is_gradient_checkpointing

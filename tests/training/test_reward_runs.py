@@ -3,6 +3,8 @@ is refused, and results that plain diffusers loads."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
@@ -11,15 +13,17 @@ from safetensors.torch import load_file
 from diffkit.cli import main
 from diffkit.errors import UserError
 from diffkit.models.latent_diffusion import LatentDiffusion
+from diffkit.objectives.consistency_config import ConsistencyConfig
 from diffkit.objectives.proxy_reward import ProxyRewardConfig
 from diffkit.objectives.reward_guided_config import RewardConfig
-from diffkit.rewards.proxies import load_proxy
+from diffkit.rewards.proxies import load_proxy, new_latent_clip
 from diffkit.training.proxy_reward import ProxyRewardTraining
-from diffkit.training.reward_guided import RewardGuidedTraining
+from diffkit.training.reward_guided import RewardGuidedTraining, build_reward_guided
 from tests.training.test_denoising_runs import rows
 
 SMALL = ("--proxy.text", "embedded", "--proxy.width", 64, "--proxy.layers", 2)
 GUIDED = ("--lcd.guidance-min", 1, "--lcd.guidance-max", 3, "--lcd.solver-steps", 10)
+SCORED = ("--reward.rewards", "embedded")
 
 
 def in_one_step(pipeline):
@@ -54,7 +58,7 @@ def test_a_proxy_is_trained_and_then_fitted_to_the_reward(train, tiny_folder):
     z = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     assert proxy(z, proxy.told(["a", "b"], None)).abs().max() <= 1
 
-    words = ("--reward.mode", "proxy", "--reward.proxy", first / "proxy")
+    words = (*SCORED, "--reward.mode", "proxy", "--reward.proxy", first / "proxy")
     words += ("--reward.refit-rate", "1e-3", "--reward.refit-every", 2, "--ema", 0.5)
     run = train("rg_lcd", *words)
     found = rows(run)
@@ -99,7 +103,8 @@ def test_a_head_on_the_teacher_is_trained_beforehand_too(train, tiny_folder):
     first = train("proxy_reward", "--proxy.network", "taps", "--cache-embeddings", name="proxy")
     model = LatentDiffusion.load(tiny_folder("sd-v"))
     assert load_proxy(first / "proxy", lambda: model.denoiser).config.features
-    words = ("--reward.mode", "proxy", "--reward.proxy", first / "proxy", "--lora-rank", 2)
+    words = (*SCORED, "--reward.mode", "proxy", "--reward.proxy", first / "proxy")
+    words += ("--lora-rank", 2)
     assert rows(train("rg_lcd", *words))[-1]["refit/loss"] > 0
     words = ("--reward.mode", "frozen_proxy", "--reward.proxy", first / "proxy")
     assert rows(train("rg_lcd", *words, name="frozen"))[-1]["proxy_weight"] > 0
@@ -121,6 +126,28 @@ def test_flags_of_the_proxy_that_do_nothing_are_refused(tmp_path, flags, said):
     with pytest.raises(UserError) as caught:
         ProxyRewardTraining("x", tmp_path, **flags).check()
     assert said in str(caught.value)
+
+
+def test_rewards_of_a_real_model_are_named(tmp_path):
+    """Without a word a large model was pulled to what a scorer of 64x64 emoji likes."""
+    config = RewardGuidedTraining("x", tmp_path, model="owner/model")
+    with pytest.raises(UserError, match="reward.rewards: name what is rewarded, such as hpsv2"):
+        config.check()
+    RewardGuidedTraining("x", tmp_path).check()
+    RewardGuidedTraining("x", tmp_path, model="m", reward=RewardConfig("none")).check()
+    RewardGuidedTraining("x", tmp_path, model="m", reward=RewardConfig(rewards="hpsv2")).check()
+
+
+def test_a_latent_resnet_of_another_size_is_refused_at_the_start(tmp_path, tiny_sd):
+    model = LatentDiffusion.load(tiny_sd)
+    new_latent_clip(model.codec, 32, "embedded", "resnet", width=64).save(tmp_path / "proxy")
+    reward = RewardConfig("frozen_proxy", proxy=tmp_path / "proxy")
+    lcd = ConsistencyConfig(solver_steps=10)
+    config = RewardGuidedTraining("x", tmp_path, size=32, reward=reward, lcd=lcd)
+    model = config.prepared(model)
+    with pytest.raises(UserError, match="latents of 32x32 alone; use --size 64"):
+        build_reward_guided(model, config, None)
+    build_reward_guided(model, replace(config, size=64), None)
 
 
 def test_groups_are_whole_in_every_part_of_a_batch(tmp_path):
