@@ -70,8 +70,8 @@ class GenerateConfig:
 
     scheduler: str | None = None
     """Sampler: ddim, ddpm, dpm++, dpm++-sde, euler, euler-a, heun, lcm, pndm, unipc; for flow
-    models flow-euler, flow-heun, flow-dpm++, flow-unipc; for EDM models edm-euler, edm-dpm++.
-    Default the model's own."""
+    models flow-euler, flow-heun, flow-lcm, flow-dpm++, flow-unipc; for EDM models edm-euler,
+    edm-dpm++. Default the model's own."""
 
     size: str | None = None
     """WxH or N pixels; default the model's own size, with --image at the picture's aspect."""

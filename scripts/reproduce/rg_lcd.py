@@ -248,7 +248,7 @@ EXPERIMENT = Experiment(
     settings=SETTINGS,
     scoring=SCORING,
     run=run,
-    text=partial(text, settings=SETTINGS, long=ARMS[LONG]["stages"][-1]),
+    text=partial(text, settings=SETTINGS, proxy=PROXY, long=ARMS[LONG]["stages"][-1]),
     draw=draw,
     fewer=dict.fromkeys((LONG, LARGE, *ABLATIONS), (0,)),
 )

@@ -25,6 +25,7 @@ __all__ = [
     "TEACHER",
     "TEACHERS",
     "VARIANTS",
+    "WARMED",
 ]
 
 TEACHER, BARE = "teacher", "teacher, 1 step"

@@ -25,6 +25,7 @@ from diffusion_to_gan_parts.arms import (
     TEACHER,
     TEACHERS,
     VARIANTS,
+    WARMED,
 )
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def verdicts(results: Results) -> list[str]:
     for arm in (FULL, DMD, MATCHED):
         if len(results.seeds(arm, ON)) > 1:
             told = " and ".join(said(results, arm, measure) for measure in DISTANCES)
-            lines.append(f"Against as many steps of regression more, {MEANING[arm]}: {told}.")
+            lines.append(f"Against as many steps of regression more, `{arm}`: {told}.")
     return lines
 
 
@@ -144,12 +145,20 @@ def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, An
         f"Made on {', '.join(devices)}. "
         "Kernel distances are to all pictures, in the features of the network that names concepts "
         "and styles, and in those of the text-image scorer. Detail: power from half Nyquist on. "
-        "Detail and diversity (of a caption) are over the teacher's. t-intervals of differences at "
+        "Detail and diversity (of a caption) are over the teacher's. Less is better of distances "
+        "and of the error; detail and diversity are best at 1. t-intervals of differences at "
         f"95 %, paired by seed. {SHADED_MEANING}",
         "",
         *table(results, [*TEACHERS, *REGRESSIONS], BEST),
         "",
         *table(results, [*LADDER, MATCHED], ON),
+        "",
+        f"Each arm goes on from the {BEST} student: "
+        + "; ".join(f"`{arm}`, {MEANING[arm]}" for arm in [*LADDER, MATCHED])
+        + f". The discriminator's flags are none of the defaults: `{flags(WARMED, 'gan')} --beta1 "
+        f"{SECOND['beta1']:g} --learning-rate {SECOND['learning_rate']:g}`, and of distribution "
+        f"matching `{flags(LADDER[DMD]['dmd'], 'dmd')}`; with them it stays ahead of the generator "
+        "at this batch size, which it did not at a share of the regression's gradient.",
         "",
         *verdicts(results),
         "",
@@ -177,7 +186,13 @@ def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, An
     return "\n".join(lines)
 
 
-SHOWN = (TEACHER, MSE, BEST, FULL, DMD)
+def flags(values: Mapping[str, Any], section: str) -> str:
+    """As they are written on the command line."""
+    named = ((key.replace("_", "-"), value) for key, value in values.items())
+    return " ".join(f"--{section}.{key} {value}" for key, value in named)
+
+
+SHOWN = (TEACHER, MSE, BEST, FULL, DMD, MATCHED)
 
 
 def draw(results: Results, figure: Figure) -> None:

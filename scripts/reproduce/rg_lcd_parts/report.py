@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from runner.experiment import Results
 from runner.intervals import Difference, paired_difference
 from runner.judge import SHADED_MEANING
-from runner.report import MORE
+from runner.report import MORE, interval_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["ABLATIONS", "LARGE", "LCD", "LONG", "TEACHER_ARM", "draw", "text"]
 
-TEACHER_ARM, LCD, LONG = "teacher", "LCD", "LCD, long"
+TEACHER_ARM, LCD, LONG, DIRECT = "teacher", "LCD", "LCD, long", "direct"
 LARGE = "direct, large"
 ACCURACIES = ("accuracy", "gap_accuracy")
-REWARDED = ("direct", LARGE, "proxy")
+REWARDED = (DIRECT, LARGE, "proxy")
 ABLATIONS = {
     "online target": "the student itself in place of its moving average as the target",
     "L2": "squared distance in place of pseudo-Huber",
@@ -86,11 +86,10 @@ def contrast(
 def told(found: Difference, kind: Kind) -> str:
     """`+0.012 [0.002, 0.022]`, or `x 0.31 [0.22, 0.43]` of ratios."""
     if not kind.ratio:
-        values = (format(x, f"+{kind.form}") for x in (found.mean, found.low, found.high))
-        return "{} [{}, {}]".format(*values)
-    numbers = (found.mean, found.low, found.high)
-    each = (f"{math.exp(x):.3g}" if x < math.inf else "inf" for x in numbers)
-    return "x {} [{}, {}]".format(*each)
+        return interval_text(found, kind.form)
+    if not math.isfinite(found.low):
+        return f"x {math.exp(found.mean):.3g} (1 seed)"
+    return "x {:.3g} [{:.3g}, {:.3g}]".format(*map(math.exp, (found.mean, found.low, found.high)))
 
 
 def mean(results: Results, arm: str, kind: Kind, steps: int) -> str:
@@ -103,12 +102,13 @@ def curve_table(results: Results) -> Iterator[str]:
     """Kernel distance and distance to the endpoint by steps, teacher and students."""
     arms = [arm for arm in (TEACHER_ARM, LCD, LONG) if results.seeds(arm)]
     kinds = (*DISTANCES, END, DETAIL, SHADED)
-    yield "| arm | steps | " + " | ".join(kind.label for kind in kinds) + " |"
-    yield "| --- | --- |" + " --- |" * len(kinds)
+    yield "| arm | seeds | steps | " + " | ".join(kind.label for kind in kinds) + " |"
+    yield "| --- | --- | --- |" + " --- |" * len(kinds)
     for arm in arms:
         for steps in steps_of(results, arm):
             cells = [mean(results, arm, kind, steps) for kind in kinds]
-            yield f"| {arm} | {steps} | " + " | ".join(cells) + " |"
+            count = len(results.seeds(arm))
+            yield f"| {arm} | {count} | {steps} | " + " | ".join(cells) + " |"
 
 
 PAIRS = ((1, 1), (2, 2), (4, 4), (4, 10), (4, 20))
@@ -199,11 +199,12 @@ def ablation_table(results: Results) -> Iterator[str]:
             yield f"| {arm} | {meaning} | {steps} | " + " | ".join(cells) + " |"
 
 
-def text(results: Results, settings: Mapping[str, Any], long: int) -> str:
+def text(results: Results, settings: Mapping[str, Any], proxy: Mapping[str, Any], long: int) -> str:
     """Distillation against the teacher, then what a reward adds and costs.
 
     Arguments:
         settings: of all arms.
+        proxy: flags of the reward in the arm with one.
         long: steps of the longest run.
     """
     low, high = settings["guidance"]
@@ -220,28 +221,34 @@ def text(results: Results, settings: Mapping[str, Any], long: int) -> str:
             "kernel distance to all pictures with the embedded features, and in those of the "
             "text-image scorer, which is the reward too. Intervals are t-intervals "
             "of differences paired by seed, of logarithms for ratios (x). "
+            "Less is better of distances. "
             f"{SHADED_MEANING} Made on {devices}.",
             "",
             *curve_table(results),
             "",
             *distillation(results),
             "",
-            "The reward is the embedded scorer's, of pictures averaged down to 16x16; its gradient "
-            "is kept at 0.3 of the distillation's, at 2 in the large arm. Beside each mean the "
-            f"contrast with {LCD}:",
+            f"The reward is the embedded scorer's, of pictures averaged down to 16x16: `{DIRECT}`, "
+            f"a gradient of 0.3 of the distillation's, of 2 in `{LARGE}`; `proxy` is a head on the "
+            f"teacher's encoder, with `--reward.refit-rate {proxy['refit_rate']:g} "
+            f"--reward.refit-temperature {proxy['refit_temperature']}`. Beside each mean the "
+            f"contrast with {LCD} over the seeds of both:",
             "",
             *rewards_table(results, 1),
+            "",
+            *rewards_table(results, 4),
             "",
             *orders(results, 1),
             *orders(results, 4),
             "",
             accuracy(results),
             "",
+            f"The figure: {KERNEL.label} by steps, a line a seed; the reward at one step beside "
+            f"{DETAIL.label}.",
+            "",
             MORE,
             "",
             *rewards_table(results, 2),
-            "",
-            *rewards_table(results, 4),
             "",
             "Ablations, seed 0:",
             "",

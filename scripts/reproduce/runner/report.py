@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,9 @@ class Measure:
 
 
 def interval_text(difference: Difference, form: str) -> str:
-    """`+1.2% [-0.3%, +2.7%]`."""
+    """`+1.2% [-0.3%, +2.7%]`, or `+1.2% (1 seed)`, which says nothing of the spread."""
+    if not math.isfinite(difference.low):
+        return f"{difference.mean:+{form}} (1 seed)"
     mean, low, high = (
         format(value, f"+{form}") for value in (difference.mean, difference.low, difference.high)
     )
