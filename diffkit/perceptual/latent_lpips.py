@@ -188,8 +188,11 @@ class LatentLpips(nn.Module):
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """d(a, b) of latents (B, C, h, w) each: (B,), at least float32, 0 for equal ones.
 
-        Symmetric. Gradients reach the sides that ask for one; the other is computed without.
+        Symmetric, and not negative. Gradients reach the sides that ask for one; the other is
+        computed without. Raises `UserError` for latents of two shapes, or of other channels.
         """
+        if a.shape != b.shape:
+            raise UserError(f"latents of shapes {tuple(a.shape)} and {tuple(b.shape)}: no pairs.")
         parts = []
         pairs = zip(self._normed(a), self._normed(b), self.heads, strict=True)
         for x, y, head in pairs:
@@ -228,6 +231,8 @@ def e_latentlpips(
         augmentation: T, one a sample, on the latents' device; None for d(a, b) itself.
         l1_weight: 0 as in the paper; the authors' package adds the term with weight 1, on the
             latents as they are.
+
+    Raises `UserError` for latents of two shapes, or of other channels than the network's.
     """
     a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
     with without_autocast(a.device.type):
@@ -266,7 +271,7 @@ class ELatentLpips(nn.Module):
         return draw(source, shape, self.kinds, purpose)
 
     def distance(self, a: Tensor, b: Tensor, augmentation: Augmentation) -> Tensor:
-        """`e_latentlpips`, (B,)."""
+        """`e_latentlpips` of latents (B, C, h, w) each, (B,); T on their device."""
         return e_latentlpips(self.network, a, b, augmentation, self.l1_weight)
 
     def rows(self, a: Tensor, b: Tensor, parameters: Tensor) -> Tensor:

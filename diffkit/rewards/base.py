@@ -111,11 +111,15 @@ class Reward(ABC):
 
 
 class PooledReward(Reward):
-    """A reward that sees pictures of few pixels, brought back to their size: no fine detail.
+    """R(up(down(x)), c): a reward that sees few pixels, brought back to their size: no fine detail.
 
     The shorter side is averaged down to `side` pixels, the longer one in proportion, and the
     result is enlarged bilinearly. What the reward cannot see it cannot ask for: the rest of the
     picture shows what following this reward does where it is blind.
+
+    Arguments:
+        inner: R.
+        side: pixels of the shorter side of down(x); smaller pictures are left as they are.
     """
 
     def __init__(self, inner: Reward, side: int) -> None:

@@ -53,7 +53,10 @@ class ClipReward(Reward):
 
 
 def load(place: str, device: torch.device, dtype: torch.dtype) -> Reward:
-    """The reward clip[:ARCH:WEIGHTS]; weights are a tag, a file or TAG=FILE, see `load_clip`."""
+    """The reward clip[:ARCH:WEIGHTS]; weights are a tag, a file or TAG=FILE, see `load_clip`.
+
+    Raises `UserError` as that does: a missing package, unknown names, weights that do not fit.
+    """
     return ClipReward(load_clip(f"clip:{place or USUAL}", device, dtype))
 
 
@@ -61,12 +64,16 @@ def load_hps(place: str, device: torch.device, dtype: torch.dtype) -> Reward:
     """The reward hpsv2[:PLACE]: HPS v2.1, a CLIP ViT-H/14 (Wu et al. 2023, arXiv 2306.09341).
 
     R is the cosine, about 0.2 to 0.35; benchmarks give it times 100. Code and data are Apache-2.0.
+    Raises `UserError` for a missing package, and weights that cannot be had or do not fit.
     """
     return hps(find_weights("hpsv2", place or HPS_REPOSITORY, _HPS_FILES), device, dtype)
 
 
 def hps(file: object, device: torch.device, dtype: torch.dtype, arch: str = "ViT-H-14") -> Reward:
-    """HPS v2.1 of a file of weights with the names of open_clip's `arch`."""
+    """HPS v2.1 of a file of weights with the names of open_clip's `arch`.
+
+    Raises `UserError` for a missing package, and weights that cannot be read or do not fit.
+    """
     open_clip = optional_module("open_clip", "rewards", "the reward hpsv2")
     model = clip_of_weights(arch, str(file), "the reward hpsv2").to(device, dtype)
     tokenizer = open_clip.get_tokenizer(arch)

@@ -139,6 +139,8 @@ def test_other_channels_are_refused() -> None:
     a = torch.zeros(1, 16, 8, 8)
     with pytest.raises(UserError, match=r"takes \(B, 4, h, w\)"):
         network().distance(a, a)
+    with pytest.raises(UserError, match="no pairs"):  # one target for all was taken silently
+        network().distance(torch.zeros(2, 4, 8, 8), torch.zeros(1, 4, 8, 8))
     with pytest.raises(UserError, match="layout 'other'"):
         LatentLpipsConfig(4, layout="other")
     with pytest.raises(UserError, match="norm 'in'"):
