@@ -169,7 +169,10 @@ def _verify(config: TrajectoriesConfig, count: int) -> int:
         f"allowed: {verdict}"
     )
     if config.json:
-        print(json.dumps(dataclasses.asdict(found) | {"passed": found.passed}))
+        told = dataclasses.asdict(found) | {"passed": found.passed}
+        if not math.isfinite(found.largest):
+            told["largest"] = None  # which JSON has no number for
+        print(json.dumps(told, allow_nan=False))
     return 0 if found.passed else 1
 
 

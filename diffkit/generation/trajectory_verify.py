@@ -89,7 +89,7 @@ def _anew(teacher: Teacher, batch: Sequence[int]) -> Tensor:
     except torch.OutOfMemoryError as error:
         raise RunFailed(
             f"out of memory with {len(batch)} pairs at once, as they were made; verify them on a "
-            "device with as much memory as that one, or with --device cpu."
+            "device with as much memory as that one, or, but for fp16, with --device cpu."
         ) from error
 
 

@@ -23,10 +23,21 @@ from typing import Any
 from diffkit.errors import UserError
 from diffkit.files import read_json
 
-__all__ = ["CARD_NAME", "CLASS_KEYS", "Classes", "hub_file", "parse_names", "read_stored"]
+__all__ = [
+    "CARD_NAME",
+    "CLASS_KEYS",
+    "DEFAULT_KEYS",
+    "Classes",
+    "hub_file",
+    "parse_names",
+    "read_defaults",
+    "read_stored",
+]
 
 CARD_NAME = "diffkit.json"
 CLASS_KEYS = ("id2label", "null_class")
+DEFAULT_KEYS = ("guidance_scale", "steps", "distilled")
+"""Of the same file, what a model made from another one keeps of it."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,22 @@ def parse_names(values: Mapping[Any, Any] | None, count: int) -> dict[int, str]:
             )
         names[int(key)] = value
     return names
+
+
+def read_defaults(source: str, revision: str | None = None) -> dict[str, Any]:
+    """How a model is best sampled, and whether it is a student: see `DEFAULT_KEYS`.
+
+    Empty where nothing says so, or where the source is no longer there: nothing fails for it.
+    """
+    if not source:
+        return {}
+    folder = Path(source).expanduser()
+    try:
+        path = folder / CARD_NAME if folder.exists() else hub_file(source, CARD_NAME, revision)
+        values = read_json(path) if path is not None and path.is_file() else {}
+    except UserError:
+        return {}
+    return {key: values[key] for key in DEFAULT_KEYS if values.get(key) is not None}
 
 
 def read_stored(source: str, revision: str | None = None) -> dict[str, Any]:

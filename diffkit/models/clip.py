@@ -75,8 +75,10 @@ class Clip:
 
     @cached_property
     def key(self) -> str:
-        """Digest of its weights and its preprocessing."""
-        return fingerprint_module(self.model, str(sorted(self._rule.items())))
+        """Digest of its weights, its preprocessing, and of its GELU where that is not torch's."""
+        quick = any(type(part).__name__ == "QuickGELU" for part in self.model.modules())
+        told = str(sorted(self._rule.items())) + (" QuickGELU" if quick else "")
+        return fingerprint_module(self.model, told)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit vectors (B, d), float32, of images (B, 3, H, W) in [-1, 1]; differentiable."""
@@ -94,7 +96,9 @@ class Clip:
 def load_clip(spec: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Clip:
     """The model of "clip:ARCH:TAG", "clip:ARCH:PATH" or "clip:ARCH:TAG=PATH".
 
-    A tag is fetched by open_clip, which keeps it in the hub's cache; a path needs no network.
+    A tag is fetched by open_clip, which keeps it in the hub's cache; a path needs no network. The
+    tag says which GELU and preprocessing weights were trained with; a path alone is taken for the
+    architecture's own, which OpenAI's weights are not.
     Raises `UserError` for an unknown architecture or tag, a missing package, and weights that
     cannot be had or do not fit.
     """

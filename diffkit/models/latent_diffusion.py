@@ -12,7 +12,7 @@ import torch
 
 from diffkit.errors import UserError
 from diffkit.files import atomic_directory, read_json, write_json
-from diffkit.models.classes import CARD_NAME, read_stored
+from diffkit.models.classes import CARD_NAME, read_defaults, read_stored
 from diffkit.models.codec_kinds import open_codec
 from diffkit.models.conditioner import Conditioner
 from diffkit.models.denoiser import Denoiser, set_attention
@@ -225,18 +225,20 @@ class LatentDiffusion:
         with atomic_directory(folder, overwrite=overwrite) as place, quiet_libraries():
             self._pipeline.save_pretrained(place, safe_serialization=True)
             _forget_folders(place)
-            self._save_classes(place)
+            self._save_defaults(place)
             write_model_card(place, ModelCard.of(self), title=Path(folder).name)
         return Path(folder)
 
-    def _save_classes(self, place: Path) -> None:
+    def _save_defaults(self, place: Path) -> None:
+        """How it is sampled, as its source says, and its classes."""
         classes = self.conditioner.classes
-        if classes is not None and (stored := classes.stored()):
-            write_json(place / CARD_NAME, stored)
-            if "id2label" in inspect.signature(type(self._pipeline).__init__).parameters:
-                # stock DiTPipeline reads names from its index, but does not write them there
-                index = read_json(place / "model_index.json")
-                write_json(place / "model_index.json", index | {"id2label": stored.get("id2label")})
+        stored = {} if classes is None else classes.stored()
+        if kept := read_defaults(resolve(self.source), self.revision) | stored:
+            write_json(place / CARD_NAME, kept)
+        if stored and "id2label" in inspect.signature(type(self._pipeline).__init__).parameters:
+            # stock DiTPipeline reads names from its index, but does not write them there
+            index = read_json(place / "model_index.json")
+            write_json(place / "model_index.json", index | {"id2label": stored.get("id2label")})
 
     def _restore_encoders(self) -> None:
         # Conditioner.free() dropped them; model_index.json would otherwise name none.

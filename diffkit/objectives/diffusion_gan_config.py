@@ -121,9 +121,11 @@ class GanConfig:
             self._refuse(("r1_sigma",), "it is for --gan.r1 approximate")
 
     def exact_penalty(self) -> bool:
-        """Whether the discriminator needs second derivatives; of `unet` where it is left open."""
-        usual = not self.pictures and self.discriminator != "ladd"
-        return self.discriminator != "none" and (self.r1 == "exact" or (self.r1 is None and usual))
+        """Whether the discriminator surely needs second derivatives; `resolve` decides the rest."""
+        if self.discriminator == "none":
+            return False
+        usual = self.r1 is None and self.discriminator == "unet" and not self.pictures
+        return self.r1 == "exact" or usual
 
     def _check_ranges(self) -> None:
         for name in ("huber", "rate", "gamma", "r1_sigma", "r1_every", "share", "weight"):

@@ -58,7 +58,8 @@ def teacher_of(
 def _kind(model: LatentDiffusion) -> tuple[Any, ...]:
     """What two models must have in common for one to judge the other's latents and prompts."""
     config: Any = model.denoiser.model.config
-    names = ("cross_attention_dim", "joint_attention_dim", "caption_channels")
+    # PixArt's cross_attention_dim is its own width.
+    names = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
     width = next((config[name] for name in names if config.get(name)), None)
     return model.family.name, model.schedule.kind, model.codec.channels, width
 

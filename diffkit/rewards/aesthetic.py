@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffkit.errors import UserError
 from diffkit.models.clip import Clip, load_clip
+from diffkit.models.fingerprint import fingerprint_module
 from diffkit.models.named_weights import load_named_weights
 from diffkit.rewards.base import Reward, frozen
 
@@ -45,6 +46,11 @@ class AestheticReward(Reward):
     def networks(self) -> Sequence[nn.Module]:
         """The CLIP models and the heads."""
         return [network for clip, head in self.pairs for network in (clip.model, head)]
+
+    def fingerprint(self) -> str:
+        """Digest of all weights and of what the CLIP models do with pictures."""
+        parts = [part for clip, head in self.pairs for part in (clip.key, fingerprint_module(head))]
+        return "-".join([self.name, *parts])
 
     def read(self, prompts: list[str]) -> Tensor:
         """Nothing: (B, 0)."""

@@ -27,6 +27,11 @@ def _wants(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
+def sharded() -> bool:
+    """Whether `accelerate launch` asks for FSDP."""
+    return _wants("ACCELERATE_USE_FSDP")
+
+
 def make_accelerator(config: TrainConfig) -> Any:
     """An `accelerate.Accelerator` for this process, as `accelerate launch` set it up.
 
@@ -46,7 +51,7 @@ def make_accelerator(config: TrainConfig) -> Any:
             "accelerate is configured for DeepSpeed, whose checkpoints diffkit cannot resume; "
             "use plain data parallelism or FSDP 2 (accelerate config)."
         )
-    fsdp = _wants("ACCELERATE_USE_FSDP")
+    fsdp = sharded()
     if fsdp and config.validation_prompts is not None:
         raise UserError(
             "validation_prompts: pictures cannot be made while FSDP shards the model; leave the "

@@ -10,7 +10,7 @@ from diffkit.models.latent_diffusion import LatentDiffusion
 from diffkit.objectives.diffusion_gan import DiffusionGanObjective
 from diffkit.objectives.diffusion_gan_config import DmdConfig, GanConfig
 from diffkit.training.config import TrainConfig
-from diffkit.training.devices import DTYPES
+from diffkit.training.devices import DTYPES, sharded
 from diffkit.training.few_step_card import few_step_card
 
 __all__ = ["GanTraining", "build_gan"]
@@ -52,10 +52,7 @@ class GanTraining(TrainConfig):
     def check_sharded(self) -> None:
         """Raise `UserError` for the exact penalty, for which one process alone asks the network."""
         if self.gan.exact_penalty():
-            raise UserError(
-                "gan.r1: the exact penalty is of one sample, on one process, while FSDP needs all "
-                "of them to gather the discriminator's weights; use --gan.r1 approximate."
-            )
+            _refuse_sharded()
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""
@@ -77,12 +74,23 @@ class GanTraining(TrainConfig):
                 "compile: networks are asked within the training step of others here, and features "
                 "are read inside of them, which torch.compile cannot take; leave it out."
             )
+        self.check_attention(self.gan)
+
+    def check_attention(self, gan: GanConfig) -> None:
+        """Raise `UserError` for attention without the second derivatives of an exact penalty."""
         plain = self.attention in ("sdpa", "classic", "native", "_native_math")
-        if self.gan.exact_penalty() and not plain:
+        if gan.exact_penalty() and not plain:
             raise UserError(
                 f"attention: {self.attention} has no second derivative, which the penalty of the "
                 "discriminator needs; leave it out, or use --gan.r1 approximate."
             )
+
+
+def _refuse_sharded() -> None:
+    raise UserError(
+        "gan.r1: the exact penalty is of one sample, on one process, while FSDP needs all of them "
+        "to gather the discriminator's weights; use --gan.r1 approximate."
+    )
 
 
 def build_gan(
@@ -90,6 +98,10 @@ def build_gan(
 ) -> DiffusionGanObjective:
     """The objective of `gan`."""
     teacher, dtype = None, DTYPES[config.mixed_precision]
+    resolved = config.gan.resolve(model)  # which discriminator it is goes by the model
+    config.check_attention(resolved)
+    if sharded() and resolved.exact_penalty():
+        _refuse_sharded()
     if config.gan.teacher is not None:
         teacher = LatentDiffusion.load(config.gan.teacher, attention=config.attention)
         if (

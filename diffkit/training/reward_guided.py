@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -25,6 +25,11 @@ class RewardGuidedTraining(ConsistencyTraining):
     """Distil a model into a few-step one that a reward pulls to what people prefer (RG-LCD)."""
 
     reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def canonical(self) -> RewardGuidedTraining:
+        """With None for the embedded scorer, and for the chunk: it decides memory alone."""
+        rewards = None if self.reward.rewards == "embedded" else self.reward.rewards
+        return replace(self, reward=replace(self.reward, rewards=rewards, chunk=None))
 
     def check(self) -> None:
         """Raise `UserError` for values and combinations that cannot work."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -125,7 +126,8 @@ def moments(
     """
     note, told = file.with_suffix(".json"), {"made_of": made_of(pictures, codec, views, seed)}
     known = read_json(note) if file.is_file() and note.is_file() else {}
-    done, count = int(known.get("rows", 0)), views * len(pictures)
+    count = views * len(pictures)
+    done = int(known.get("rows", count if known else 0))  # once notes were of whole files alone
     if known.get("made_of") != told["made_of"]:
         note.unlink(missing_ok=True)
         done = 0
@@ -134,6 +136,8 @@ def moments(
         channels, *sides = codec.latent_shape(pictures.size, pictures.size)
         shape, mode = (count, 2 * channels, *sides), "r+" if done else "w+"
         rows = np.lib.format.open_memmap(file, mode, np.dtype("<f2"), shape)  # type: ignore[no-untyped-call]
+        with open(file, "r+b") as whole:  # a full disk is an error here, and a crash in a map
+            os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
         batches = pictures.batches(views, seed, batch, done)
         for number, images in enumerate(batches, 1):
             found = codec.encode_moments(images.to(codec.device)).half().cpu().numpy()

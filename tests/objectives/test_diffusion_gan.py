@@ -13,7 +13,7 @@ from torch import nn
 from diffkit.data.batch import Batch
 from diffkit.data.trajectory_store import Prompt
 from diffkit.errors import UserError
-from diffkit.generation.card import is_student
+from diffkit.generation.card import is_student, read_card
 from diffkit.generation.trajectories import header_of
 from diffkit.models.discriminators import Given
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -457,6 +457,9 @@ def test_students_that_keep_a_stock_scheduler_are_known_by_their_card(
         header_of(student, [Prompt("a")], count=1, seed=0, shard=1)
     with pytest.raises(UserError, match="few steps already"):
         prepare_student(student, ConsistencyConfig(), False)
+    student.save(tmp_path / "again")  # as any training that goes on from it does
+    again = LatentDiffusion.load(tmp_path / "again")
+    assert is_student(again) and read_card(str(tmp_path / "again")) == read_card(str(folder))
 
 
 def test_prompts_are_encoded_once_a_step(
@@ -476,6 +479,11 @@ def test_prompts_are_encoded_once_a_step(
     for step in range(2):
         method.begin(step)
         for repeat in range(3):
-            run(method, "fake_score", pairs(), repeat)
-        run(method, "generator", pairs())
-        assert len(calls) == step + 1
+            for first in (0, 2):  # micro-batches, each with its own prompts
+                run(method, "fake_score", pairs(2, first=first), repeat)
+        run(method, "generator", pairs(2, first=0))
+        assert len(calls) == 2 * (step + 1)
+    said = [words[0] for words in calls]
+    assert said == [["a 0", "a 1"], ["a 2", "a 3"]] * 2
+    kept = [cond.tokens for cond, _ in method._asked.values()]
+    torch.testing.assert_close(kept[1], encode(["a 2", "a 3"], (32, 32)).tokens)

@@ -223,3 +223,7 @@ def test_weights_of_a_tag_are_computed_with_their_own_gelu(tiny, monkeypatch, qu
     assert all(any(isinstance(m, gelu) for m in t.modules()) is quick for t in towers)
     read = clip._from_file(open_clip, NAME, "tag", str(file))
     assert any(isinstance(m, gelu) for m in read.modules()) is quick
+    # Caches know values of the one from values of the other.
+    plain, _ = (clip._from_file(open_clip, NAME, "", str(file)) for _ in range(2))
+    keys = [clip.Clip("clip", "clip", m, open_clip.get_tokenizer(NAME)).key for m in (read, plain)]
+    assert (keys[0] != keys[1]) is quick

@@ -17,6 +17,7 @@ from diffkit.rewards.latent_clip import LatentClip
 from diffkit.rewards.proxies import load_proxy, load_text, new_latent_clip, new_tap_proxy
 from diffkit.rewards.proxy import LatentProxy
 from diffkit.rewards.refit import pair_kl, proxy_logits
+from diffkit.rewards.tap_proxy import keep_until
 from tests import tiny
 
 PROMPTS = ["cat", "a dog", "tree"]
@@ -249,3 +250,21 @@ def test_the_embedded_text_tower_is_the_scorers():
 def test_small_latents_have_no_resnet(model, clip_folder):
     with pytest.raises(UserError, match="latents of 16x16 are too small"):
         new_latent_clip(model.codec, 16, clip_folder, "resnet")
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "pixart-sigma", "dit"])
+def test_a_head_reads_the_same_of_a_teacher_that_was_cut(name, tiny_folder):
+    """Networks of one list of blocks, of two, of scales: none runs what lies behind the head."""
+    model = LatentDiffusion.load(tiny_folder(name))
+    conditioner = model.conditioner
+    cond = conditioner.encode([conditioner.example], (32, 32))
+    head = new_tap_proxy(model.denoiser, cond)
+    shape = model.latent_shape(32, 32)
+    z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, size = head(z, cond), sum(p.numel() for p in model.denoiser.parameters())
+        keep_until(model.denoiser, head.config.taps[-1])
+        assert torch.equal(head(z, cond), before)
+    whole = head.config.taps[-1] == model.denoiser.tap_names[-1]  # two blocks in all
+    assert (sum(p.numel() for p in model.denoiser.parameters()) == size) is whole
+    head.check(cond)

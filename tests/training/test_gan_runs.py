@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from diffkit.cli import main
 from diffkit.data.trajectory_store import latent_space
+from diffkit.errors import UserError
 from diffkit.generation.card import read_card
 from diffkit.models.few_step import one_step
 from diffkit.models.latent_diffusion import LatentDiffusion
@@ -216,7 +218,10 @@ def test_a_second_stage_with_the_first_ones_teacher(train, tiny_folder, tmp_path
         (("--gan.warmup", 4), "gan.start, warmup: 0 and 4 steps are not below"),
         (("--validation-steps", 4), "validation_steps: the generator"),
         (("--compile", "--gan.warmup", 0), "compile: networks are asked"),
-        (("--attention", "xformers", "--gan.warmup", 0), "attention: xformers has no second"),
+        (
+            ("--attention", "xformers", "--gan.discriminator", "unet", "--gan.warmup", 0),
+            "attention: xformers has no second",
+        ),
         (("--flip", "--gan.warmup", 0), "flip: is about pictures"),
         (("--dmd.updates", 3, "--gan.warmup", 0), "dmd.updates: would do nothing"),
     ],
@@ -235,3 +240,19 @@ def test_what_is_copied_of_a_named_teacher_spares_memory_too(tiny_folder, tmp_pa
     players = build_gan(LatentDiffusion.load(folder), config, None).players()
     for network in (players["discriminator"].network.denoiser, players["fake_score"].denoiser):
         assert network.model.is_gradient_checkpointing
+
+
+def test_a_penalty_that_goes_by_the_model_is_known_when_that_is_there(
+    tiny_folder, tmp_path, monkeypatch
+):
+    """Under FSDP all transformers were refused for a penalty that is of U-Nets alone."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, refused in (("sd-v", True), ("sd3", False)):
+        folder = tiny_folder(name)
+        config = GanTraining("x", tmp_path, model=str(folder), gan=GanConfig("mse", warmup=0))
+        config.check()
+        config.check_sharded()
+        with pytest.raises(UserError, match="one process") if refused else nullcontext():
+            build_gan(LatentDiffusion.load(folder), config, None)
+    with pytest.raises(UserError, match="one process"):
+        GanTraining("x", tmp_path, gan=GanConfig("mse", r1="exact")).check_sharded()
