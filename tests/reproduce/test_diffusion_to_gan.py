@@ -199,15 +199,15 @@ def test_the_tables_say_what_the_results_say() -> None:
     said = "\n".join(lines)
     assert f"{BEST} has the least kernel distance by the feature network, {HUBER} by" in said
     assert f"{MSE} the least power at high frequencies" in said
-    assert "the whole method: kernel distance less, -0.0400 [-0.0400, -0.0400] and by the" in said
-    assert "and distribution matching: kernel distance more, +0.1100 [" in said
+    assert "more, `full`: kernel distance less, -0.0400 [-0.0400, -0.0400] and by the" in said
+    assert "more, `full, DMD2`: kernel distance more, +0.1100 [" in said
     assert "Made on cuda." in said
 
 
 def test_the_figure_is_drawn_from_results_alone() -> None:
     figure = Figure()
     EXPERIMENT.draw(known(), figure)
-    assert len(figure.axes) == 5
+    assert len(figure.axes) == 6
     EXPERIMENT.draw(Results({}), Figure())
 
 

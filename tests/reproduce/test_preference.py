@@ -138,7 +138,7 @@ def test_the_tables_say_what_the_results_say() -> None:
     rows = [line for line in lines if line.split(" |")[0].removeprefix("| ") in FLIPPED]
     assert len(rows) == len(FLIPPED) == 9
     assert rows[0].startswith("| DPO | 3 | +0.0500 [+0.0500, +0.0500] | 25% | 90.0% | 60.0% |")
-    assert rows[1].startswith("| cDPO | 1 | +0.0500 [-inf, +inf] | 25% |")
+    assert rows[1].startswith("| cDPO | 1 | +0.0500 (1 seed) | 25% |")
     assert rows[3].endswith("| 1.010 | 0.50 | 0.800 |")
 
 

@@ -132,7 +132,7 @@ def test_a_report_takes_the_seeds_that_both_arms_have(tmp_path: Path) -> None:
     make(experiment, experiment.cells(["plain"], [0, 1]), results)
     make(experiment, experiment.cells(["better"], [1, 2]), results)
     assert Results.read(experiment, results).seeds("plain", "better") == [1]
-    assert "+1.00 [-inf, +inf] | +1.00 |" in write_report(experiment, results)
+    assert "+1.00 (1 seed) | +1.00 |" in write_report(experiment, results)
 
 
 def test_the_readme_has_what_stands_before_more(tmp_path: Path) -> None:
