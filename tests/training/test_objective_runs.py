@@ -156,9 +156,7 @@ def assert_close(one, other):
         assert a.keys() == b.keys()
         for key in a.keys() - {"loss_by_time"}:
             near = 1e-3 if key.endswith("grad_norm") else 1e-4
-            # A logit is hundreds of times a difference of losses that nearly cancel.
-            least = 1e-4 if key.endswith("logit") else 1e-5
-            expected = a[key] if a[key] is None else pytest.approx(a[key], rel=near, abs=least)
+            expected = a[key] if a[key] is None else pytest.approx(a[key], rel=near, abs=1e-5)
             assert b[key] == expected, (a["step"], key)
     left, right = tensors(one), tensors(other)
     assert left.keys() == right.keys()
