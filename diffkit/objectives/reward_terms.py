@@ -25,8 +25,7 @@ __all__ = ["Found", "PictureRewards", "WeightedReward", "saturated_fraction"]
 WeightedReward = tuple[Reward, float]
 
 _PIXELS, _MOST = 512 * 512, 4
-"""Pixels that are decoded at once with gradients, about 5 GB of activations of Stable Diffusion's
-decoder in bfloat16; and pictures."""
+"""Pixels that are decoded at once with gradients, whose activations all stay; and pictures."""
 
 
 def saturated_fraction(images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from diffkit.data.folder import ImageFolder
 from diffkit.data.images import read_header
 from diffkit.data.transforms import View, render, to_float
 from diffkit.errors import UserError
-from diffkit.files import read_json, write_json
+from diffkit.files import read_json, storage_errors, write_json
 from diffkit.models.codec import Codec
 from diffkit.randomness import normal, uniform
 
@@ -135,9 +135,11 @@ def moments(
         file.parent.mkdir(parents=True, exist_ok=True)
         channels, *sides = codec.latent_shape(pictures.size, pictures.size)
         shape, mode = (count, 2 * channels, *sides), "r+" if done else "w+"
-        rows = np.lib.format.open_memmap(file, mode, np.dtype("<f2"), shape)  # type: ignore[no-untyped-call]
-        with open(file, "r+b") as whole:  # a full disk is an error here, and a crash in a map
-            os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
+        with storage_errors(file):
+            rows = np.lib.format.open_memmap(file, mode, np.dtype("<f2"), shape)  # type: ignore[no-untyped-call]
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, a crash in a map
+                with open(file, "r+b") as whole:
+                    os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
         batches = pictures.batches(views, seed, batch, done)
         for number, images in enumerate(batches, 1):
             found = codec.encode_moments(images.to(codec.device)).half().cpu().numpy()

@@ -49,8 +49,8 @@ def test_dmd_flags_without_dmd() -> None:
 
 
 def test_defaults_go_by_the_discriminator_and_what_it_is_told(tiny_folder: Any) -> None:
-    """Second derivatives of a transformer's attention keep its maps: 135 GB of one picture by
-    SD3. A discriminator that is told nothing cannot tell true latents from true ones."""
+    """Second derivatives of a transformer's attention keep the maps of all its many tokens. A
+    discriminator that is told nothing cannot tell true latents from true ones."""
 
     def resolved(name: str, **options: Any) -> GanConfig:
         return GanConfig(regression="mse", **options).resolve(LatentDiffusion.load(folder(name)))

@@ -451,7 +451,7 @@ def tapped(folder: Path, lora: bool, **flags: Any) -> RewardGuidedObjective:
 
 
 def test_a_lora_holds_no_second_decoder_for_its_proxy(tiny_sd: Path) -> None:
-    """A head reads the first half of a frozen copy; the other half was kept too, 12 GB of Flux."""
+    """A head reads the first half of a frozen copy; the other half was kept too."""
     whole, half = (tapped(tiny_sd, lora) for lora in (False, True))
     sizes = []
     for method in (whole, half):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from latent_metric.pictures import Pictures, made_of, moments
 from latent_metric.trunk import TrunkSettings, train_trunk, trunk_folder
 from PIL import Image
 
-from diffkit.errors import UserError
+from diffkit.errors import RunFailed, UserError
 from diffkit.files import read_json
 from diffkit.models.codec import Codec
 from diffkit.perceptual.latent_lpips import LatentLpipsConfig
@@ -148,6 +149,21 @@ def test_moments_go_on_where_they_were_stopped(pictures, codec, tmp_path: Path) 
     finally:
         latent_metric.pictures._NOTED = noted
     assert failing.left == 0
+
+
+def test_a_full_disk_is_told_before_the_first_picture(
+    pictures, codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a memory map it would end the process without a word."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunFailed, match="moments.npy: the disk is full"):
+        moments(pictures, codec, 1, 0, tmp_path / "moments.npy")
+    monkeypatch.undo()
+    assert len(moments(pictures, codec, 1, 0, tmp_path / "moments.npy")) == 4
 
 
 def test_a_trunk_goes_on_bit_by_bit(pictures, codec, tmp_path: Path, capsys) -> None:

@@ -89,7 +89,7 @@ SPLIT = tuple(name for name in CASES if name != "adaptive, lora")
 
 def split_rate(case):
     """The learning rate at which splits are compared."""
-    return "--learning-rate", "1e-3" if case in ("adaptive", "dpo, lora") else "1e-4"
+    return "--learning-rate", "1e-3" if case in ("adaptive", "dpo", "dpo, lora") else "1e-4"
 
 
 def cases(*fast, among=tuple(CASES)):

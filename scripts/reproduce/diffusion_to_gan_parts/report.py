@@ -157,8 +157,7 @@ def text(results: Results, settings: Mapping[str, Any], scoring: Mapping[str, An
         + "; ".join(f"`{arm}`, {MEANING[arm]}" for arm in [*LADDER, MATCHED])
         + f". The discriminator's flags are none of the defaults: `{flags(WARMED, 'gan')} --beta1 "
         f"{SECOND['beta1']:g} --learning-rate {SECOND['learning_rate']:g}`, and of distribution "
-        f"matching `{flags(LADDER[DMD]['dmd'], 'dmd')}`; with them it stays ahead of the generator "
-        "at this batch size, which it did not at a share of the regression's gradient.",
+        f"matching `{flags(LADDER[DMD]['dmd'], 'dmd')}`.",
         "",
         *verdicts(results),
         "",
